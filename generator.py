@@ -1,0 +1,170 @@
+"""generator.params -> faces: faces/00000007.png is what seed 7 draws.
+
+    python generator.py                                        # 64 faces of runs/64/generator.params
+    python generator.py --params runs/128/generator.params --seeds 0-9999 --outdir fakes
+    python generator.py --seeds 3,14,15 --grid --interpolate   # with one picture of all, and a morph between them
+
+Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dataloader import image_grid, to_uint8
+from network import Generator, generator_from_state_dict, latents, load_tensors
+from preprocess import atomic_write
+
+FRAMES = 24  # of the morph from one seed to the next
+
+
+def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Generator:
+    """The generator in `path`, ready to draw (eval mode, float32). Raises SystemExit naming the file otherwise."""
+    state = load_tensors(path, "make one with `python train.py`, or pass another to --params")
+    return generator_from_state_dict(state, path).to(device, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def draw(netG: Generator, z: torch.Tensor) -> torch.Tensor:
+    """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1)."""
+    return to_uint8(netG(z.to(next(netG.parameters()).device))).cpu().contiguous()
+
+
+def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iterator[torch.Tensor]:
+    """Images uint8 (n,3,S,S), on the CPU, of `seeds`, in their order, `batch_size` at a time."""
+    for start in range(0, len(seeds), batch_size):
+        yield draw(netG, latents(seeds[start : start + batch_size], netG.nz))
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Writes `image` to `path`, whole or not at all, in the format of its suffix."""
+    with atomic_write(path) as file:
+        image.save(file, path.suffix[1:], **options)
+
+
+def save_faces(netG: Generator, seeds: Sequence[int], outdir: Path, batch_size: int) -> None:
+    """One PNG a seed. Threads encode one batch, outside the interpreter's lock, while the next is drawn."""
+
+    def save(seed: int, image: torch.Tensor) -> None:
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), compress_level=1)
+
+    pending = []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
+        for images in sample(netG, seeds, batch_size):
+            for done in pending:
+                done.result()
+            start = bar.n
+            pending = [pool.submit(save, seed, image) for seed, image in zip(seeds[start:], images)]
+            bar.update(len(images))
+        for done in pending:
+            done.result()
+
+
+def face_path(outdir: Path, seed: int) -> Path:
+    return outdir / f"{seed:08d}.png"
+
+
+def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
+    """Latents (N*frames,nz,1,1) on a closed path through `z` (N,nz,1,1).
+
+    Great-circle steps keep the length that latents of a high-dimensional normal have, where straight ones would cut
+    through the middle (White, "Sampling Generative Networks", 2016).
+    """
+    path = []
+    for a, b in zip(z, z.roll(-1, 0)):
+        angle = torch.acos((torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())).clamp(-0.9999, 0.9999))
+        for t in torch.arange(frames) / frames:
+            path.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle))
+    return torch.stack(path)
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:
+    """An endless GIF; the last frame stays a second."""
+    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + 10_000_000:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-63 or 1,5,10-12")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises SystemExit when the device is not on this machine."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise SystemExit(f"error: --device {name} is not on this machine; use --device auto or cpu") from None
+    return device
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    doc = dict(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(**doc)
+    add = parser.add_argument
+    add("--params", type=Path, default=Path("runs/64/generator.params"), help="weights of a trained generator")
+    add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
+    add("--seeds", type=parse_seeds, default="0-63", help="which faces: 0-63 or 1,5,10-12")
+    add("--grid", action="store_true", help="also one picture of all faces: grid.png")
+    add("--interpolate", action="store_true", help="also a morph through the first 8 seeds: interpolation.gif")
+    add("--batch-size", type=positive, default=128, help="faces drawn at a time")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--overwrite", action="store_true", help="replace pictures of the same names in --outdir")
+    return parser.parse_args(argv)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and the default of every flag."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    netG = load_generator(args.params, pick_device(args.device))
+    targets = [face_path(args.outdir, seed) for seed in args.seeds]
+    targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate
+    there = next((path for path in targets if path.exists()), None)
+    if there and not args.overwrite:
+        raise SystemExit(f"error: {there} exists; choose another --outdir, or pass --overwrite to replace it")
+    try:
+        args.outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
+    save_faces(netG, args.seeds, args.outdir, args.batch_size)
+    if args.grid:
+        columns = max(8, round(len(args.seeds) ** 0.5))
+        faces = torch.cat(list(sample(netG, args.seeds, args.batch_size)))
+        save_image(image_grid(faces, columns), args.outdir / "grid.png")
+    if args.interpolate:
+        path = interpolate(latents(args.seeds[:8], netG.nz))
+        frames = [image_grid(draw(netG, z[None])) for z in path]
+        save_animation(frames, args.outdir / "interpolation.gif")
+    size = f"{netG.image_size}x{netG.image_size}"
+    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}")
+
+
+if __name__ == "__main__":
+    main()

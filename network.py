@@ -1,0 +1,145 @@
+"""The DCGAN for 64x64 faces: z (N,nz,1,1) -> images (N,3,64,64) -> real or fake (N,1,1,1).
+
+    from network import Generator, Discriminator, latents
+    images = Generator()(latents(range(16)))        # float32 in [-1,1]
+
+Architecture and initial weights: Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep
+Convolutional Generative Adversarial Networks", 2016. Parameter names (`main.0.weight` ...) are those of the
+PyTorch DCGAN tutorial, so that its weights load here.
+"""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Generator(nn.Module):
+    """Turns latents (N,nz,1,1), drawn from N(0,1), into images (N,3,image_size,image_size) in [-1,1].
+
+    `ngf` is the number of channels before the last layer; every block further from the image has twice as many.
+    `image_size` is a power of two; 64 gives four blocks, each size above it one more.
+    """
+
+    def __init__(self, nz: int = 100, ngf: int = 64, image_size: int = 64):
+        super().__init__()
+        self.nz, self.ngf, self.image_size = nz, ngf, image_size
+        channels = [ngf * 2**i for i in reversed(range(count_blocks(image_size)))]
+        layers = []
+        for i, (previous, out) in enumerate(zip([nz, *channels], channels)):
+            # The first block sees a 1x1 map and makes it 4x4; the others double it.
+            stride, padding = (1, 0) if i == 0 else (2, 1)
+            layers += [
+                nn.ConvTranspose2d(previous, out, 4, stride, padding, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(inplace=True),
+            ]
+        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, 3, 4, 2, 1, bias=False), nn.Tanh())
+        self.apply(init_weights)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class Discriminator(nn.Module):
+    """Gives images (N,3,image_size,image_size) in [-1,1] a probability (N,1,1,1), float32, of being real.
+
+    `ndf` is the number of channels of the first block; every further block halves the map and doubles them.
+    """
+
+    def __init__(self, ndf: int = 64, image_size: int = 64):
+        super().__init__()
+        channels = [ndf * 2**i for i in range(count_blocks(image_size))]
+        layers = []
+        for previous, out in zip([3, *channels], channels):
+            layers += [nn.Conv2d(previous, out, 4, 2, 1, bias=False), nn.BatchNorm2d(out)]
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
+        del layers[1]  # no BatchNorm in the first block: it makes training oscillate (DCGAN paper, section 3)
+        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid())
+        self.apply(init_weights)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # In bf16 a probability above 0.998 rounds to 1, where BCELoss clamps its logarithm: sigmoid in fp32.
+        logits = self.main[:-1](images)
+        return self.main[-1](logits.float())
+
+
+def count_blocks(image_size: int) -> int:
+    """Blocks between a 4x4 map and the layer at the image: 4 for 64x64, 5 for 128x128."""
+    blocks = image_size.bit_length() - 3
+    if blocks < 1 or image_size != 2 ** (blocks + 2):
+        raise ValueError(f"image_size must be a power of two of 8 or more, not {image_size}")
+    return blocks
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draws convolutions from N(0, 0.02) and BatchNorm scales from N(1, 0.02), as the DCGAN paper does."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
+    """Latents (N,nz,1,1), float32, from N(0,1): one generator per seed, so seed 7 is the same face in any batch."""
+    rows = [torch.randn(nz, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def load_tensors(path: str | Path, remedy: str) -> dict:
+    """Reads a dictionary that torch.save wrote, on the CPU and as data: nothing in the file is run.
+
+    Raises SystemExit with one sentence that ends in `remedy` when the file is missing, damaged, holds anything
+    but plain data and tensors, or a tensor that claims more elements than the file has.
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"error: {path} does not exist; {remedy}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise SystemExit(f"error: {path} cannot be read (permission denied); {remedy}") from None
+    except Exception as error:  # torch.load raises some ten kinds, by the byte at which a file is damaged
+        raise SystemExit(
+            f"error: {path} is damaged or not a PyTorch file of plain tensors ({type(error).__name__}); {remedy}"
+        ) from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"error: {path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
+    for name, tensor in content.items():
+        # A stride of 0 lets a file of a few bytes claim 2**40 elements: refuse it before anything copies it.
+        if isinstance(tensor, torch.Tensor) and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise SystemExit(f"error: {path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
+    return content
+
+
+def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
+    """Builds the Generator that `state` belongs to; its sizes follow from the shapes of the weights alone.
+
+    Reads this repository's weights and the DCGAN tutorial's, also with DataParallel's `module.` before each name,
+    in any floating-point type. Raises SystemExit, naming `path`, for anything else.
+    """
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    remedy = "pass the generator.params of a training to --params"
+    kernels = [t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 4]
+    if not kernels or len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
+        raise SystemExit(f"error: {path} does not hold a DCGAN generator; {remedy}")
+    if kernels[-1].shape[:2].numel() and kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
+        raise SystemExit(f"error: {path} holds a discriminator, not a generator; {remedy}")
+    nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
+    with torch.device("meta"):  # no memory is taken before the shapes have been compared
+        netG = Generator(nz, ngf, image_size)
+    expected = netG.state_dict()
+    for name in [*expected, *state]:
+        if name not in state or name not in expected or not isinstance(state[name], torch.Tensor):
+            raise SystemExit(f"error: {path} does not hold a DCGAN generator (see {name}); {remedy}")
+        if state[name].shape != expected[name].shape:
+            found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+            raise SystemExit(f"error: {path}: {name} has shape {found}, expected {wanted}; {remedy}")
+        if not state[name].isfinite().all():
+            raise SystemExit(f"error: {path}: {name} holds NaN or infinite values; {remedy}")
+    netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
+    return netG.eval().requires_grad_(False)
