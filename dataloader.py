@@ -20,6 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from preprocess import atomic_write
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHUNK = 256  # images that one task of the decoding threads takes: enough to hide the cost of a task
 
@@ -174,3 +176,15 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         grid.paste(Image.fromarray(image), (2 + i % columns * (width + 2), 2 + i // columns * (height + 2)))
     return grid
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Writes `image` to `path`, whole or not at all, in the format of its suffix."""
+    with atomic_write(path) as file:
+        image.save(file, path.suffix[1:], **options)
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:
+    """An endless GIF; the last frame stays a second."""
+    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)

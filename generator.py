@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataloader import image_grid, to_uint8
-from network import Generator, generator_from_state_dict, latents, load_tensors
-from preprocess import atomic_write
+from dataloader import image_grid, save_animation, save_image, to_uint8
+from network import Generator, generator_from_state_dict, latents, load_tensors, pick_device
+from preprocess import Formatter, natural
 
 FRAMES = 24  # of the morph from one seed to the next
 
@@ -40,12 +40,6 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
     """Images uint8 (n,3,S,S), on the CPU, of `seeds`, in their order, `batch_size` at a time."""
     for start in range(0, len(seeds), batch_size):
         yield draw(netG, latents(seeds[start : start + batch_size], netG.nz))
-
-
-def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Writes `image` to `path`, whole or not at all, in the format of its suffix."""
-    with atomic_write(path) as file:
-        image.save(file, path.suffix[1:], **options)
 
 
 def save_faces(netG: Generator, seeds: Sequence[int], outdir: Path, batch_size: int) -> None:
@@ -84,12 +78,6 @@ def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
     return torch.stack(path)
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:
-    """An endless GIF; the last frame stays a second."""
-    durations = [milliseconds] * (len(frames) - 1) + [1000]
-    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
 def parse_seeds(text: str) -> list[int]:
     """`0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
     seeds = []
@@ -102,43 +90,18 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU. Raises SystemExit when the device is not on this machine."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise SystemExit(f"error: --device {name} is not on this machine; use --device auto or cpu") from None
-    return device
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    doc = dict(description=__doc__, formatter_class=Formatter)
-    parser = argparse.ArgumentParser(**doc)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("--params", type=Path, default=Path("runs/64/generator.params"), help="weights of a trained generator")
     add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
     add("--seeds", type=parse_seeds, default="0-63", help="which faces: 0-63 or 1,5,10-12")
     add("--grid", action="store_true", help="also one picture of all faces: grid.png")
     add("--interpolate", action="store_true", help="also a morph through the first 8 seeds: interpolation.gif")
-    add("--batch-size", type=positive, default=128, help="faces drawn at a time")
+    add("--batch-size", type=natural(1), default=128, help="faces drawn at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="replace pictures of the same names in --outdir")
     return parser.parse_args(argv)
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every flag."""
 
 
 def main(argv: list[str] | None = None) -> None:

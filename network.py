@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -89,6 +90,24 @@ def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
+    """The latents (n,nz,1,1) of training step `step`: of (seed, step) alone, so that a resumed training has them again."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]))
+    return torch.randn(n, nz, 1, 1, generator=generator)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises SystemExit when the device is not on this machine."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise SystemExit(f"error: --device {name} is not on this machine; use --device auto or cpu") from None
+    return device
+
+
 def load_tensors(path: str | Path, remedy: str) -> dict:
     """Reads a dictionary that torch.save wrote, on the CPU and as data: nothing in the file is run.
 
@@ -125,9 +144,9 @@ def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
     state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     remedy = "pass the generator.params of a training to --params"
     kernels = [t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 4]
-    if not kernels or len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
+    if len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
         raise SystemExit(f"error: {path} does not hold a DCGAN generator; {remedy}")
-    if kernels[-1].shape[:2].numel() and kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
+    if kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
         raise SystemExit(f"error: {path} holds a discriminator, not a generator; {remedy}")
     nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
     with torch.device("meta"):  # no memory is taken before the shapes have been compared
