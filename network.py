@@ -91,8 +91,9 @@ def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
 
 
 def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
-    """The latents (n,nz,1,1) of training step `step`: of (seed, step) alone, so that a resumed training has them again."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]))
+    """The latents (n,nz,1,1) of training step `step`, a function of (seed, step): a resumed training has them again."""
+    mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
     return torch.randn(n, nz, 1, 1, generator=generator)
 
 

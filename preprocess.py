@@ -6,8 +6,8 @@
     python preprocess.py --download                                                  # CelebA by torchvision
 
 Each photo is decoded once: EXIF orientation, first frame, RGB (transparency over white), the centred square,
-an antialiased resize. Run again it does only what is missing. A photo that gives no crop at all is listed with
-its reason in data/skipped.txt. The split is CelebA's partition file where there is one, and otherwise 90/10 by a
+an antialiased resize. Run again it does only what is missing. A file that cannot be used is listed with its
+reason in data/skipped.txt. The split is CelebA's partition file where there is one, and otherwise 90/10 by a
 hash of the name, which never moves an image when others are added.
 """
 
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import secrets
-import shlex
 import signal
 import stat
 import threading
@@ -38,6 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from demo_faces import draw_face
 
 SPLITS = ("train", "valid", "test")  # numbered 0, 1, 2 in CelebA's list_eval_partition.txt
 # Formats whose decoders are fast, run nothing outside this process and know their own size before decoding.
@@ -298,12 +299,19 @@ def read_bytes(job: Job, photo: Photo) -> bytes:
         archive = open_zip(job.src)
         with archive.open(archive.infolist()[photo.where]) as file:
             return file.read(MAX_BYTES)  # zipfile stops at the size that was checked
-    info = os.stat(photo.where)
+    info = Path(photo.where).stat()
     if not stat.S_ISREG(info.st_mode):
         raise ValueError("not a regular file")
     if info.st_size > MAX_BYTES:
         raise ValueError(f"{info.st_size:,} bytes: more than {MAX_BYTES:,}")
     return Path(photo.where).read_bytes()
+
+
+def open_photo(job: Job, photo: Photo) -> Image.Image:
+    """The photo, not decoded yet, or the drawn face."""
+    if job.src is None:
+        return draw_face(job.seed, photo.where)
+    return open_image(read_bytes(job, photo))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -358,7 +366,7 @@ def process(job: Job, photo: Photo) -> tuple[dict[int, str], str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
-            image = open_image(read_bytes(job, photo))
+            image = open_photo(job, photo)
             short = min(image.size)
             side = job.crop or short
             if side > short:
@@ -380,7 +388,7 @@ def process(job: Job, photo: Photo) -> tuple[dict[int, str], str]:
                 return {}, "name too long"
             raise
     outcome = {size: small.get(size, "") for size in photo.todo}
-    return outcome, small[job.sizes[0]] if job.sizes[0] in small and len(small) == len(job.sizes) else ""
+    return outcome, ""
 
 
 def run(job: Job, photos: list[Photo], workers: int) -> list[tuple[Photo, dict[int, str], str]]:
@@ -459,13 +467,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    photos = list_photos(args)
+def list_photos(args: argparse.Namespace) -> list[Photo]:
+    """The photos of SRC, or the numbers of the faces to draw. Raises SystemExit when there is nothing to do."""
+    if args.demo:
+        return [Photo(f"{i:06d}", i) for i in range(args.demo)]
+    if args.src is None:
+        raise SystemExit("error: SRC is missing; give a folder of photos or a .zip, or --demo 4000 to have faces drawn")
+    if not args.src.exists():
+        raise SystemExit(f"error: SRC {printable(str(args.src))} does not exist; give a folder of photos or a .zip")
+    photos = list_folder(args.src, args.dataroot) if args.src.is_dir() else list_zip(args.src)
     if not photos:
         raise SystemExit(f"error: SRC {printable(str(args.src))} holds no files; give a folder of photos or a .zip")
-    photos = assign(photos, find_partition(args), bool(args.partition))
-    job = Job(args.src, args.dataroot, tuple(sorted(set(args.sizes))), args.crop, args.allow_upscale, args.seed)
+    return photos
+
+
+def download(folder: Path) -> Path:
+    """Fetches CelebA's photos and partition by torchvision, which checks them. Returns the zip."""
+    from torchvision.datasets import CelebA  # here, since it takes seconds to import
+
+    photos, partition = folder / "celeba" / "img_align_celeba.zip", folder / "celeba" / "list_eval_partition.txt"
+    if not (photos.is_file() and partition.is_file()):
+        try:
+            CelebA(str(folder), split="all", download=True)
+        except Exception as error:  # quota pages, missing gdown, no network: some ten kinds
+            raise SystemExit(
+                f"error: CelebA could not be downloaded ({type(error).__name__}); get img_align_celeba.zip and "
+                f"list_eval_partition.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html by hand, put "
+                f"them into {photos.parent} and run this command again"
+            ) from None
+    return photos
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.download:
+        args.src = download(args.dataroot)
+    photos = assign(list_photos(args), find_partition(args), bool(args.partition))
+    src = None if args.demo else args.src
+    job = Job(src, args.dataroot, tuple(sorted(set(args.sizes))), args.crop, args.allow_upscale, args.seed)
     photos = find_missing(photos, job)
     start = time.perf_counter()
     results = run(job, photos, args.workers)
@@ -473,12 +512,12 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(args.dataroot / "skipped.txt") as file:
         file.writelines(f"{printable(key)}: {printable(why)}\n".encode() for key, why in sorted(skipped))
     print(summary(job, photos, results, time.perf_counter() - start))
-
-
-def list_photos(args):
-    if args.src.is_dir():
-        return list_folder(args.src, args.dataroot)
-    return list_zip(args.src)
+    if skipped:
+        print(f"{len(skipped):,} files could not be used: see {args.dataroot / 'skipped.txt'}")
+    if not any(outcome.get(size) == "" for _, outcome, _ in results for size in job.sizes) and not any(
+        not photo.reason and len(photo.todo) < len(job.sizes) for photo in photos
+    ):
+        raise SystemExit("error: SRC gave no crop at all; give a folder of photos, or a zip of them")
 
 
 if __name__ == "__main__":

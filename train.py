@@ -48,7 +48,8 @@ from preprocess import atomic_write
 
 NETWORKS = {64: network, 128: network_128}
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
-DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo"), "ngf": 32, "ndf": 32, "batch_size": 32, "epochs": 10}
+DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
+DEMO |= {"ngf": 32, "ndf": 32, "batch_size": 32, "epochs": 8, "ema": 0.995}
 # What has to be the same for a resumed training to be the same training.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "precision", "seed", "images")
 
@@ -89,7 +90,8 @@ def train_step(state: State, real: torch.Tensor, z: torch.Tensor, autocast: torc
     The losses are taken outside autocast: BCE is not safe in bf16, and CUDA refuses it there.
     """
     netG, netD, bce = state.netG, state.netD, nn.functional.binary_cross_entropy
-    ones, zeros = torch.ones(len(real), 1, 1, 1, device=real.device), torch.zeros(len(real), 1, 1, 1, device=real.device)
+    ones = torch.ones(len(real), 1, 1, 1, device=real.device)
+    zeros = torch.zeros_like(ones)
 
     state.optD.zero_grad()
     with autocast:
@@ -180,7 +182,8 @@ def load_checkpoint(state: State, args: argparse.Namespace) -> None:
         state.step = content["step"]
         state.totals.copy_(content["totals"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise SystemExit(f"error: {args.outdir / name} is not a checkpoint of this training; use another --outdir") from None
+        where = args.outdir / name
+        raise SystemExit(f"error: {where} is not a checkpoint of this training; choose another --outdir") from None
 
 
 def save_params(state: State, args: argparse.Namespace) -> None:
@@ -203,7 +206,7 @@ def open_outdir(args: argparse.Namespace):
     """Makes --outdir and locks it: the system lets go of the lock however this process ends."""
     checkpoint = args.outdir / "checkpoint.pt"
     if not args.resume and checkpoint.exists():
-        raise SystemExit(f"error: {args.outdir} holds a training; go on with it by --resume, or choose another --outdir")
+        raise SystemExit(f"error: {args.outdir} holds a training; go on by --resume, or choose another --outdir")
     if args.resume and not checkpoint.exists() and not (args.outdir / "checkpoint_previous.pt").exists():
         raise SystemExit(f"error: --resume: there is no checkpoint in {args.outdir}; leave out --resume to start one")
     try:
