@@ -194,8 +194,10 @@ def draw_glasses(draw, pose: dict) -> None:
 def develop(picture: Image.Image, pose: dict, rng: np.random.Generator) -> Image.Image:
     """Tilt, focus, size, exposure and sensor noise of a photo."""
     centre = (pose["x"] * SCALE, pose["y"] * SCALE)
-    picture = picture.rotate(rng.normal(0, 6), Image.Resampling.BILINEAR, center=centre, fillcolor=picture.getpixel((0, 0)))
-    picture = picture.filter(ImageFilter.BoxBlur(rng.uniform(0, 1.6))).resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+    corner = picture.getpixel((0, 0))
+    picture = picture.rotate(rng.normal(0, 6), Image.Resampling.BILINEAR, center=centre, fillcolor=corner)
+    picture = picture.filter(ImageFilter.BoxBlur(rng.uniform(0, 1.6)))
+    picture = picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
     pixels = np.asarray(picture, np.float32) * rng.uniform(0.75, 1.15)
     pixels += rng.normal(0, rng.uniform(1, 5), pixels.shape[:2])[..., None]
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

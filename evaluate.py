@@ -123,7 +123,7 @@ def load_statistics(path: Path) -> dict:
         if stats["mu"].shape != (dims,) or stats["sigma"].shape != (dims, dims):
             raise ValueError("mu and sigma do not fit each other")
     except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"error: {path} does not hold statistics mu and sigma ({error}); give another --real") from None
+        raise SystemExit(f"error: {path} holds no statistics mu and sigma ({error}); give another --real") from None
     return {"dims": dims} | stats
 
 

@@ -118,7 +118,7 @@ def find_weights(name: str) -> Path:
         except (URLError, OSError, RuntimeError) as error:
             raise SystemExit(
                 f"error: the Inception weights could not be downloaded ({type(error).__name__}); put {path.name} "
-                f"({MEGABYTES[name]} MB, SHA-256 begins {prefix}, from {url}) into {path.parent}, or give it to --weights"
+                f"({MEGABYTES[name]} MB, SHA-256 begins {prefix}, from {url}) into {path.parent}, or pass --weights"
             ) from None
     return path
 
@@ -129,5 +129,5 @@ def hash_file(path: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.startswith(named[1]):
-        raise SystemExit(f"error: {path} is not what its name says: its SHA-256 begins {digest[:8]}; get the file again")
+        raise SystemExit(f"error: {path} is not what its name says: its SHA-256 begins {digest[:8]}; get it again")
     return digest

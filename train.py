@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -341,14 +342,18 @@ def log_row(state: State, args: argparse.Namespace, epoch: int, steps: int, sinc
     row |= {name: round(mean, 6) for name, mean in zip(("loss_d", "loss_g", "d_real", "d_fake"), means)}
     row |= {"images_per_sec": round(speed, 1)}
     if any(mean != mean or abs(mean) == float("inf") for mean in means):
-        raise SystemExit(
-            f"error: a loss is NaN or infinite at step {state.step}: training has diverged; the last good "
-            f"checkpoint is kept in {args.outdir}; start anew with another --seed or a lower --lr"
-        )
+        raise SystemExit(diverged(state, args))
     if file:
         file.write(json.dumps(row) + "\n")
         file.flush()
     return row
+
+
+def diverged(state: State, args: argparse.Namespace) -> str:
+    return (
+        f"error: a loss is NaN or infinite near step {state.step}: training has diverged; the last good checkpoint is "
+        f"kept in {args.outdir}; start anew in another --outdir with another --seed or a lower --lr"
+    )
 
 
 def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device: torch.device, rank: int, world: int):
@@ -439,6 +444,10 @@ def main(argv: list[str] | None = None) -> None:
             finish(args)
     except torch.OutOfMemoryError:
         raise SystemExit("error: the device is out of memory; lower --batch-size, or --ngf and --ndf") from None
+    except RuntimeError as error:  # BCE refuses NaN, each device in its own words, before the log could show it
+        if not re.search("between 0 and 1|device-side assert", str(error)):
+            raise
+        raise SystemExit(diverged(state, args)) from None
     finally:
         if lock:
             lock.close()

@@ -1,0 +1,49 @@
+"""What several tests share: small crops, and the scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import preprocess
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataroot(tmp_path_factory):
+    """48 drawn faces at 64x64 and 128x128."""
+    folder = tmp_path_factory.mktemp("data")
+    preprocess.main(["--demo", "48", "--dataroot", str(folder), "--workers", "0"])
+    return folder
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs `python <script> <arguments>` in an empty folder; returns the finished process."""
+
+    def run(script, *arguments, cwd=tmp_path):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(tmp_path / "empty")}
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+@pytest.fixture
+def refused():
+    """Asserts that a process ended by one sentence that holds `words`, with a non-zero exit and no traceback."""
+
+    def check(process, *words):
+        assert process.returncode != 0, process.stdout
+        assert "Traceback" not in process.stderr, process.stderr
+        message = [line for line in process.stderr.splitlines() if "error:" in line]
+        assert len(message) == 1, process.stderr
+        for word in words:
+            assert str(word) in message[0], message[0]
+
+    return check

@@ -1,0 +1,218 @@
+"""Damaged files of every kind through preprocess.py: each must become a right crop or a listed skip.
+
+    python tests/fuzz_preprocess.py --count 100000 --seed 0          # file i depends on (seed, i) alone
+    python tests/fuzz_preprocess.py --count 20000 --workers 2        # through the process pool
+
+Fails (exit 1) on a crash, a dead worker, a file that takes over 5 s, a wrong crop, a file that is neither cropped nor
+listed, a write outside --dataroot, or memory that grows. The files of a failing batch stay in --folder.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import preprocess  # noqa: E402
+
+SIZE = 32
+MAX_SECONDS = 5.0
+MAX_GROWTH = 300  # MiB that may stay in use after a run
+MAX_PEAK = 1500  # MiB at any moment: a header may honestly ask for MAX_PIXELS
+
+
+@lru_cache
+def whole_files() -> list[tuple[str, str, bytes]]:
+    """(kind, suffix, bytes) of sound files, one for each format, mode and compression that matters."""
+    y, x = np.mgrid[:60, :48]
+    photo = Image.fromarray(np.stack([5 * x, 4 * y, 2 * (x + y)], -1).astype(np.uint8))
+    deep = Image.fromarray((1000 * x + y).astype(np.uint16))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    rgba, grey, palette = photo.convert("RGBA"), photo.convert("L"), photo.quantize(16)
+    rgba.putalpha(grey)
+    moving = {"save_all": True, "append_images": [photo.rotate(90 * i) for i in (1, 2)]}
+    recipes = [
+        ("jpeg", photo, {"exif": exif}), ("jpeg", photo, {"progressive": True}), ("jpeg", photo.convert("CMYK"), {}),
+        ("jpeg", grey, {"quality": 30}), ("png", photo, {"exif": exif}), ("png", rgba, {}), ("png", deep, {}),
+        ("png", palette, {"transparency": 3}), ("png", photo.convert("1"), {}), ("png", photo, moving),
+        ("webp", photo, {"exif": exif}), ("webp", rgba, {"lossless": True}), ("webp", photo, moving),
+        ("gif", palette, {"transparency": 2}), ("gif", photo, moving), ("bmp", photo, {}), ("bmp", palette, {}),
+        ("tiff", photo, {"exif": exif}), ("tiff", deep, {}), ("tiff", Image.fromarray(np.float32(x / 48)), {}),
+        ("ppm", photo, {}), ("ppm", deep, {}),
+    ]
+    recipes += [("tiff", photo, {"compression": c}) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")]
+    files = []
+    for kind, image, options in recipes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        files.append((kind, "." + kind, buffer.getvalue()))
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><circle cx="50" cy="50" r="40"/></svg>\n'
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + np.random.default_rng(0).bytes(1500)
+    files += [("heic", ".heic", heic), ("heic", ".heic", files[0][2]), ("svg", ".svg", svg), ("svg", ".svg", files[5][2])]
+    return files + [("text", ".txt", b"holiday, day %d\n" * 40), ("text", ".jpg", b"\xff\xd8 is how a JPEG begins\n")]
+
+
+def flip_bits(rng: np.random.Generator, data: bytearray) -> None:
+    end = len(data) if rng.random() < 0.5 else min(len(data), 200)  # half of the time in the headers
+    for at in rng.integers(0, end, rng.integers(1, 30)):
+        data[at] ^= 1 << int(rng.integers(8))
+
+
+def truncate(rng: np.random.Generator, data: bytearray) -> None:
+    del data[int(rng.integers(0, len(data))):]
+
+
+def zero_block(rng: np.random.Generator, data: bytearray) -> None:
+    start = int(rng.integers(0, len(data)))
+    stop = min(len(data), start + int(rng.integers(1, 400)))
+    data[start:stop] = bytes(stop - start)
+
+
+def splice_header(rng: np.random.Generator, data: bytearray) -> None:
+    other = whole_files()[rng.integers(len(whole_files()))][2]
+    cut = int(rng.integers(1, 120))
+    data[: cut if rng.random() < 0.7 else 0] = other[:cut]
+
+
+def write_number(rng: np.random.Generator, data: bytearray) -> None:
+    """An extreme number somewhere in the headers: a width, a length, an offset."""
+    number = int(rng.choice([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 20000, 0x7FFFFFFF, 0xFFFFFFFF]))
+    at, width = int(rng.integers(0, min(len(data), 300))), 4 if number > 0xFFFF else int(rng.choice([1, 2, 4]))
+    data[at : at + width] = (number % 256**width).to_bytes(width, "big" if rng.random() < 0.5 else "little")
+
+
+def repeat_block(rng: np.random.Generator, data: bytearray) -> None:
+    start = int(rng.integers(0, len(data)))
+    data[start:start] = data[start : start + int(rng.integers(1, 300))] * int(rng.integers(1, 5))
+
+
+MUTATIONS = (flip_bits, truncate, zero_block, splice_header, write_number, repeat_block)
+
+
+def damaged_file(seed: int, number: int) -> tuple[str, str, str, bytes]:
+    """File `number` of `seed`: (kind, mutation, suffix, bytes)."""
+    rng = np.random.default_rng((seed, number))
+    kind, suffix, whole = whole_files()[rng.integers(len(whole_files()))]
+    data, first = bytearray(whole), MUTATIONS[rng.integers(len(MUTATIONS))]
+    first(rng, data)
+    while data and rng.random() < 0.3:
+        MUTATIONS[rng.integers(len(MUTATIONS))](rng, data)
+    return kind, first.__name__, suffix, bytes(data)
+
+
+def memory() -> float:
+    """Of this process, MiB now; 0 where /proc does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return 0.0
+
+
+def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, seconds: dict[str, float]) -> Counter:
+    """Preprocess the files in `folder`/src and check each; count (kind, 'crop' or 'skip' or what is wrong)."""
+    data, process = folder / "data", preprocess.process
+
+    def timed(args, photo):
+        start = time.perf_counter()
+        try:
+            return process(args, photo)
+        finally:
+            seconds[photo.key] = time.perf_counter() - start
+
+    preprocess.process = process if workers > 1 else timed
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            preprocess.main([str(folder / "src"), "--dataroot", str(data), "--sizes", str(SIZE), "--workers", str(workers)])
+    finally:
+        preprocess.process = process
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "src"], "a write outside --dataroot"
+    assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png"}, "a write into SRC"
+    assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write beside the crops"
+    listed = {line.partition(": ")[0]: line.partition(": ")[2] for line in (data / "skipped.txt").open(encoding="utf-8")}
+    crops = {path.stem: path for path in (data / str(SIZE)).glob("*/*")}
+    counts = Counter()
+    for name, what in files.items():
+        crop = crops.get(Path(name).stem)
+        if crop is None:
+            counts[what, "skip" if listed.get(name, "").strip() else f"neither: {name}"] += 1
+            continue
+        with Image.open(crop) as image:
+            image.load()
+            right = image.format == "PNG" and image.mode == "RGB" and image.size == (SIZE, SIZE) and name not in listed
+        counts[what, "crop" if right else f"wrong crop: {name}"] += 1
+    assert len(crops) <= len(files) + 1, "a crop too many"
+    return counts
+
+
+def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 1000, progress: bool = False) -> dict:
+    """Run `count` damaged files. Returns {"counts", "slowest" (s, name), "growth" and "peak" (MiB), "seconds"}.
+
+    Raises AssertionError on what must not happen; preprocess.py's own exceptions pass.
+    """
+    counts, slowest, start, before = Counter(), (0.0, ""), time.perf_counter(), None
+    for first in range(0, count, batch):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "src").mkdir(parents=True)
+        Image.new("RGB", (SIZE, SIZE)).save(folder / "src" / "good.png")
+        files = {}
+        for number in range(first, min(first + batch, count)):
+            kind, mutation, suffix, content = damaged_file(seed, number)
+            name = f"{number:07d}{suffix}"
+            (folder / "src" / name).write_bytes(content)
+            files[name] = (kind, mutation)
+        seconds = {}
+        found = check_batch(folder, files, workers, seconds)
+        slowest = max([slowest, *((taken, name) for name, taken in seconds.items())])
+        counts += found
+        before = before or memory()  # after the first batch: every decoder is loaded
+        wrong = [what for (_, what) in found if what not in ("crop", "skip")]
+        assert not wrong, wrong
+        assert slowest[0] < MAX_SECONDS, f"{slowest[1]} took {slowest[0]:.1f} s"
+        if progress:
+            rate = (first + len(files)) / (time.perf_counter() - start)
+            print(f"{first + len(files):,} files, {rate:.0f}/s, slowest {slowest[0]:.2f} s, {memory():.0f} MiB", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    growth = memory() - before
+    assert growth < MAX_GROWTH, f"memory grew by {growth:.0f} MiB"
+    assert peak < MAX_PEAK or not progress, f"memory peaked at {peak:.0f} MiB"  # in a test suite it is not ours alone
+    shutil.rmtree(folder)
+    return {"counts": counts, "slowest": slowest, "growth": growth, "peak": peak, "seconds": time.perf_counter() - start}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
+    parser.add_argument("--count", type=preprocess.natural(1), default=2000, help="files")
+    parser.add_argument("--seed", type=preprocess.natural(0), default=0, help="of the files")
+    parser.add_argument("--workers", type=preprocess.natural(0), default=0, help="processes; 0 times every file")
+    parser.add_argument("--folder", type=Path, help="empty folder to work in, if not a temporary one")
+    args = parser.parse_args(argv)
+    faulthandler.enable()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
+    if args.folder and args.folder.exists():
+        raise SystemExit(f"error: --folder {args.folder} exists; name a new one, since it is emptied")
+    try:
+        result = fuzz(args.count, args.seed, folder, args.workers, progress=True)
+    except AssertionError as error:
+        raise SystemExit(f"error: {error}; the files are in {folder}") from None
+    print(f"\n{'kind':8}{'mutation':16}{'crops':>9}{'skips':>9}")
+    for what in sorted({what for what, _ in result["counts"]}):
+        print(f"{what[0]:8}{what[1]:16}{result['counts'][what, 'crop']:9,}{result['counts'][what, 'skip']:9,}")
+    crops = sum(number for (_, outcome), number in result["counts"].items() if outcome == "crop")
+    print(f"{args.count:,} files: {crops:,} right crops, {args.count - crops:,} listed skips, nothing else; "
+          f"{args.count / result['seconds']:.0f}/s, slowest {result['slowest'][0]:.2f} s, peak {result['peak']:.0f} MiB, "
+          f"growth {result['growth']:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

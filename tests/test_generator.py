@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generator
+import network
+import network_128
+
+
+@pytest.fixture
+def params(tmp_path):
+    torch.manual_seed(0)
+    torch.save(network.Generator(16, 8).state_dict(), tmp_path / "generator.params")
+    return tmp_path / "generator.params"
+
+
+def test_same_seed_same_face_in_any_batch(params):
+    netG = generator.load_generator(params)
+    whole = torch.cat(list(generator.sample(netG, range(12), 12)))
+    assert whole.shape == (12, 3, 64, 64) and whole.dtype == torch.uint8
+    for size in (1, 5):
+        parts = torch.cat(list(generator.sample(netG, range(12), size)))
+        # Convolutions of another batch size may round the last bit of a float differently.
+        assert (parts.int() - whole.int()).abs().max() <= 1
+    alone = next(generator.sample(netG, [7]))
+    assert (alone[0].int() - whole[7].int()).abs().max() <= 1
+    assert (whole[0] != whole[1]).any()
+
+
+def test_files(params, tmp_path):
+    out = tmp_path / "faces"
+    generator.main(["--params", str(params), "--outdir", str(out), "--seeds", "0-4,9", "--grid", "--interpolate"])
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)] + ["grid.png", "interpolation.gif"]
+    face = next(generator.sample(generator.load_generator(params), [9]))[0].permute(1, 2, 0)
+    assert abs(np.asarray(Image.open(out / "00000009.png")).astype(int) - face.numpy()).max() <= 1
+    with Image.open(out / "interpolation.gif") as animation:
+        assert animation.n_frames > 100 and animation.size == (68, 68)
+
+
+def test_interpolation_passes_through_its_seeds_and_keeps_the_length():
+    z = network.latents(range(3))
+    path = generator.interpolate(z, frames=10)
+    assert path.shape == (30, 100, 1, 1)
+    assert torch.allclose(path[::10], z, atol=1e-5)
+    assert path.flatten(1).norm(dim=1).min() > 0.9 * z.flatten(1).norm(dim=1).min()
+
+
+def test_tutorial_weights(tmp_path):
+    """netG_epoch_N.pth as DataParallel saves it: the tutorial's networks have these keys."""
+    netG = network_128.Generator(10, 4)
+    torch.save({f"module.{name}": tensor for name, tensor in netG.state_dict().items()}, tmp_path / "netG_epoch_4.pth")
+    assert generator.load_generator(tmp_path / "netG_epoch_4.pth").image_size == 128
+
+
+def test_nothing_is_overwritten_unasked(params, run_script, refused):
+    assert run_script("generator.py", "--params", params, "--seeds", "3").returncode == 0
+    refused(run_script("generator.py", "--params", params, "--seeds", "3"), "00000003.png", "--overwrite")
+    assert run_script("generator.py", "--params", params, "--seeds", "3", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--params", "nowhere"), ["nowhere", "train.py"]),
+    (("--seeds", "5-3"), ["--seeds", "5-3"]),
+    (("--device", "cuda:99"), ["--device", "cuda:99"]),
+    (("--outdir", "generator.params/x"), ["--outdir"]),
+])
+def test_bad_input(params, run_script, refused, flags, words):
+    refused(run_script("generator.py", "--params", params, *flags), *words)

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import nn
+
+import network
+import network_128
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("nets, g, d, size", [
+    (network, 3_576_704, 2_765_568, 64),
+    (network_128, 12_786_560, 11_164_416, 128),
+])
+def test_parameters_and_shapes(nets, g, d, size):
+    netG, netD = nets.Generator(), nets.Discriminator()
+    assert (count(netG), count(netD)) == (g, d)
+    images = netG(torch.randn(2, 100, 1, 1))
+    assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
+    judged = netD(images)
+    assert judged.shape == (2, 1, 1, 1) and ((judged > 0) & (judged < 1)).all()
+
+
+def test_layers_are_the_reports():
+    kinds = [type(layer).__name__ for layer in network.Discriminator().main]
+    block = ["Conv2d", "BatchNorm2d", "LeakyReLU"]
+    assert kinds == ["Conv2d", "LeakyReLU", *block * 3, "Conv2d", "Sigmoid"]
+    kinds = [type(layer).__name__ for layer in network.Generator().main]
+    assert kinds == ["ConvTranspose2d", "BatchNorm2d", "ReLU"] * 4 + ["ConvTranspose2d", "Tanh"]
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    for module in network.Generator().modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.weight.mean().item() == pytest.approx(1, abs=0.02) and (module.bias == 0).all()
+
+
+def test_latents_depend_on_their_seed_alone():
+    batch = network.latents(range(10))
+    assert batch.shape == (10, 100, 1, 1) and batch.dtype == torch.float32
+    assert torch.equal(batch[7], network.latents([7])[0])
+    assert len({row.sum().item() for row in batch}) == 10
+    assert torch.equal(network.step_latents(1, 5, 4), network.step_latents(1, 5, 4))
+    assert not torch.equal(network.step_latents(1, 5, 4), network.step_latents(1, 6, 4))
+
+
+@pytest.mark.parametrize("nets, nz, ngf", [(network, 100, 8), (network, 7, 16), (network_128, 20, 4)])
+@pytest.mark.parametrize("prefix, dtype", [("", torch.float32), ("module.", torch.float64), ("", torch.float16)])
+def test_sizes_follow_from_the_weights(nets, nz, ngf, prefix, dtype):
+    netG = nets.Generator(nz, ngf).eval()
+    state = {prefix + k: v.to(dtype) if v.is_floating_point() else v for k, v in netG.state_dict().items()}
+    loaded = network.generator_from_state_dict(state, "x.params")
+    z = network.latents(range(3), nz)
+    assert (loaded.nz, loaded.ngf, loaded.image_size) == (nz, ngf, netG.image_size)
+    assert torch.allclose(loaded(z), netG(z), atol=1e-6 if dtype != torch.float16 else 2e-2)
+
+
+def pickle_bomb(path):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, (f"open({str(path) + '.boom'!r}, 'w')",))
+
+    torch.save({"main.0.weight": Bomb()}, path)
+
+
+def overlapping(path):
+    torch.save({"main.0.weight": torch.zeros(1).expand(2**20, 2**20)}, path)
+
+
+def changed(change):
+    def save(path):
+        state = network.Generator(8, 4).state_dict()
+        change(state)
+        torch.save(state, path)
+
+    return save
+
+
+def truncated(path):
+    torch.save(network.Generator(8, 4).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda path: None, "does not exist"),
+    (lambda path: path.touch(), "damaged"),
+    (truncated, "damaged"),
+    (pickle_bomb, "damaged"),
+    (lambda path: torch.save([1, 2], path), "list"),
+    (lambda path: torch.save({"a": 1}, path), "generator"),
+    (lambda path: torch.save(network.Discriminator(4).state_dict(), path), "discriminator"),
+    (overlapping, "claims"),
+    (changed(lambda s: s["main.0.weight"].fill_(float("nan"))), "NaN"),
+    (changed(lambda s: s.pop("main.1.bias")), "main.1.bias"),
+    (changed(lambda s: s.update(extra=torch.zeros(1))), "extra"),
+    (changed(lambda s: s.update({"main.1.bias": torch.zeros(3)})), "main.1.bias"),
+])
+def test_weights_from_anywhere(tmp_path, make, word):
+    path = tmp_path / "g.params"
+    make(path)
+    with pytest.raises(SystemExit, match=word) as stop:
+        network.generator_from_state_dict(network.load_tensors(path, "make it anew"), path)
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)
+    assert not (tmp_path / "g.params.boom").exists()
