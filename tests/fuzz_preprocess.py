@@ -60,7 +60,8 @@ def whole_files() -> list[tuple[str, str, bytes]]:
         files.append((kind, "." + kind, buffer.getvalue()))
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><circle cx="50" cy="50" r="40"/></svg>\n'
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + np.random.default_rng(0).bytes(1500)
-    files += [("heic", ".heic", heic), ("heic", ".heic", files[0][2]), ("svg", ".svg", svg), ("svg", ".svg", files[5][2])]
+    jpeg, png = files[0][2], files[5][2]  # under another name: what a file is shows in its bytes
+    files += [("heic", ".heic", heic), ("heic", ".heic", jpeg), ("svg", ".svg", svg), ("svg", ".svg", png)]
     return files + [("text", ".txt", b"holiday, day %d\n" * 40), ("text", ".jpg", b"\xff\xd8 is how a JPEG begins\n")]
 
 
@@ -122,6 +123,7 @@ def memory() -> float:
 def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, seconds: dict[str, float]) -> Counter:
     """Preprocess the files in `folder`/src and check each; count (kind, 'crop' or 'skip' or what is wrong)."""
     data, process = folder / "data", preprocess.process
+    flags = ["--dataroot", str(data), "--sizes", str(SIZE), "--workers", str(workers)]
 
     def timed(args, photo):
         start = time.perf_counter()
@@ -133,17 +135,18 @@ def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, s
     preprocess.process = process if workers > 1 else timed
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            preprocess.main([str(folder / "src"), "--dataroot", str(data), "--sizes", str(SIZE), "--workers", str(workers)])
+            preprocess.main([str(folder / "src"), *flags])
     finally:
         preprocess.process = process
     assert sorted(path.name for path in folder.iterdir()) == ["data", "src"], "a write outside --dataroot"
     assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png"}, "a write into SRC"
     assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write beside the crops"
-    listed = {line.partition(": ")[0]: line.partition(": ")[2] for line in (data / "skipped.txt").open(encoding="utf-8")}
+    lines = (data / "skipped.txt").read_text(encoding="utf-8").splitlines()
+    listed = dict(line.split(": ", 1) for line in lines)
     crops = {path.stem: path for path in (data / str(SIZE)).glob("*/*")}
     counts = Counter()
     for name, what in files.items():
-        crop = crops.get(Path(name).stem)
+        crop = crops.get(preprocess.crop_name(name))
         if crop is None:
             counts[what, "skip" if listed.get(name, "").strip() else f"neither: {name}"] += 1
             continue
@@ -180,14 +183,15 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
         assert not wrong, wrong
         assert slowest[0] < MAX_SECONDS, f"{slowest[1]} took {slowest[0]:.1f} s"
         if progress:
-            rate = (first + len(files)) / (time.perf_counter() - start)
-            print(f"{first + len(files):,} files, {rate:.0f}/s, slowest {slowest[0]:.2f} s, {memory():.0f} MiB", flush=True)
+            done, rate = first + len(files), (first + len(files)) / (time.perf_counter() - start)
+            print(f"{done:,} files, {rate:.0f}/s, slowest {slowest[0]:.2f} s, {memory():.0f} MiB", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     growth = memory() - before
     assert growth < MAX_GROWTH, f"memory grew by {growth:.0f} MiB"
     assert peak < MAX_PEAK or not progress, f"memory peaked at {peak:.0f} MiB"  # in a test suite it is not ours alone
     shutil.rmtree(folder)
-    return {"counts": counts, "slowest": slowest, "growth": growth, "peak": peak, "seconds": time.perf_counter() - start}
+    taken = time.perf_counter() - start
+    return {"counts": counts, "slowest": slowest, "growth": growth, "peak": peak, "seconds": taken}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,8 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{what[0]:8}{what[1]:16}{result['counts'][what, 'crop']:9,}{result['counts'][what, 'skip']:9,}")
     crops = sum(number for (_, outcome), number in result["counts"].items() if outcome == "crop")
     print(f"{args.count:,} files: {crops:,} right crops, {args.count - crops:,} listed skips, nothing else; "
-          f"{args.count / result['seconds']:.0f}/s, slowest {result['slowest'][0]:.2f} s, peak {result['peak']:.0f} MiB, "
-          f"growth {result['growth']:.0f} MiB")
+          f"{args.count / result['seconds']:.0f}/s, slowest {result['slowest'][0]:.2f} s, "
+          f"peak {result['peak']:.0f} MiB, growth {result['growth']:.0f} MiB")
 
 
 if __name__ == "__main__":
