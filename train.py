@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     root = args.dataroot / str(args.image_size) / "train"
     if args.demo and not root.is_dir():
-        preprocess.main(["--demo", "4000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
+        preprocess.main(["--demo", "2000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
     paths = find_images(root)
     args.images = len(paths)
     if args.images < args.batch_size:
