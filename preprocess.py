@@ -94,7 +94,11 @@ def atomic_write(path: str | Path, durable: bool = False):
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the OSError of a full disk
+        while error is not None and not isinstance(error, OSError):
+            error = error.__context__
+        if error is None:
+            raise
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
