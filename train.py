@@ -229,14 +229,22 @@ def open_outdir(args: argparse.Namespace):
     return lock
 
 
+def git_commit() -> str | None:
+    """The commit of this repository, where it is one and git is there to ask."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
 def save_args(args: argparse.Namespace, device: torch.device, data: str) -> None:
     """args.json: everything that goes into the result."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     facts |= {"device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
     facts |= {"torch": torch.__version__, "python": platform.python_version(), "data_sha256": data}
-    facts |= {"threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None}
+    facts |= {"threads": torch.get_num_threads(), "git_commit": git_commit()}
     with atomic_write(args.outdir / "args.json") as file:
         file.write(json.dumps(facts, indent=2).encode())
 
@@ -343,6 +351,12 @@ def log_row(state: State, args: argparse.Namespace, epoch: int, steps: int, sinc
     row |= {"images_per_sec": round(speed, 1)}
     if any(mean != mean or abs(mean) == float("inf") for mean in means):
         raise SystemExit(diverged(state, args))
+    if file and row["loss_d"] < 1e-3:
+        tqdm.write(
+            f"warning: D has won at step {state.step} (loss {row['loss_d']:.1e}): G learns next to nothing from it; "
+            "if this stays, start anew with a smaller --ndf or --lr",
+            file=sys.stderr,
+        )
     if file:
         file.write(json.dumps(row) + "\n")
         file.flush()
