@@ -111,7 +111,7 @@ def list_folder(src: Path, dataroot: Path) -> list[Photo]:
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == src:
-            raise SystemExit(f"error: cannot read SRC {printable(src)}: {error.strerror}; check its permissions")
+            raise error
         photos.append(Photo(Path(error.filename).relative_to(src).as_posix(), "", f"unreadable: {error.strerror}"))
 
     for folder, folders, files in os.walk(src, onerror=unreadable):
@@ -193,9 +193,13 @@ def find_photos(args: argparse.Namespace) -> list[Photo]:
     if args.demo:
         photos = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)]
     else:
-        photos = list_folder(args.src, args.dataroot) if args.src.is_dir() else list_zip(args.src)
-        beside = (folder / "list_eval_partition.txt" for folder in (args.src, args.src.parent))
-        partition = partition or next((path for path in beside if path.is_file()), None)
+        try:
+            photos = list_folder(args.src, args.dataroot) if args.src.is_dir() else list_zip(args.src)
+            beside = (folder / "list_eval_partition.txt" for folder in (args.src, args.src.parent))
+            partition = partition or next((path for path in beside if path.is_file()), None)
+        except OSError as error:
+            raise SystemExit(f"error: cannot read SRC {printable(args.src)}: {error.strerror}; check its permissions "
+                             "and those of the folders above") from None
         photos = [photo for photo in photos if photo.where != str(partition)]
     splits = read_partition(partition) if partition else {}
     listed = [splits.get(photo.key, splits.get(photo.key.rpartition("/")[2], "")) for photo in photos]
@@ -442,8 +446,8 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(args.dataroot / "skipped.txt") as file:
         file.writelines(f"{printable(key)}: {printable(why)}\n".encode() for key, why in sorted(skipped))
     if len(skipped) == len(photos):
-        raise SystemExit(f"error: SRC {printable(args.src)} gave no crop: {args.dataroot / 'skipped.txt'} says why, "
-                         "file by file; give a folder of photos, or a zip of them")
+        raise SystemExit(f"error: {printable(args.src or '--demo')} gave no crop: {args.dataroot / 'skipped.txt'} says "
+                         "why, file by file; give a folder of photos, or a zip of them")
     print(summary(args, photos, results, seconds))
 
 

@@ -1,14 +1,21 @@
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from fuzz_preprocess import fuzz
 from PIL import Image
 
 import preprocess
@@ -202,3 +209,404 @@ def test_bad_input(tmp_path, run_script, refused, flags, words):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("hello")
     refused(run_script("preprocess.py", *flags), *words)
+
+
+def named(folder, size=64):
+    return sorted(path.stem for path in (folder / str(size)).rglob("*.png"))
+
+
+def skips(folder):
+    return dict(line.split(": ", 1) for line in (folder / "skipped.txt").read_text(encoding="utf-8").splitlines())
+
+
+def jpeg(image=None):
+    buffer = io.BytesIO()
+    (image or gradient()).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_grey_by_its_full_scale_and_transparency_over_white(tmp_path, convert):
+    src = tmp_path / "src"
+    deep = np.full((80, 80), 65535 * 3 // 4, np.uint16)
+    Image.fromarray(deep).save(src / "deep.tif")
+    (src / "deep_big.pgm").write_bytes(b"P5 80 80 65535\n" + deep.byteswap().tobytes())
+    Image.fromarray(np.full((80, 80), 0.75, np.float32)).save(src / "float.tif")
+    Image.fromarray(np.full((80, 80), 191, np.float32)).save(src / "float_255.tif")
+    Image.new("1", (80, 80), 1).save(src / "bit.png")
+    Image.new("LA", (80, 80), (0, 128)).save(src / "grey_half.png")
+    Image.new("RGB", (80, 80), (9, 9, 9)).save(src / "key.png", transparency=(9, 9, 9))
+    palette = Image.new("P", (80, 80), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(src / "clear_palette.png", transparency=1)
+    palette.save(src / "clear_palette.gif", transparency=1)
+    Image.new("CMYK", (80, 80), (0, 255, 255, 0)).save(src / "cmyk.jpg")  # written inverted, as Adobe does
+    (src / "clear_palette.gif").rename(src / "clear.gif")
+    out = convert()
+    expected = dict.fromkeys(("deep", "deep_big", "float", "float_255"), (191,) * 3)
+    expected |= dict.fromkeys(("bit", "key", "clear_palette", "clear"), (255,) * 3)
+    expected |= {"grey_half": (127,) * 3, "cmyk": (255, 0, 0)}
+    for name, colour in expected.items():
+        assert abs(crop_of(out, name) - np.array(colour)).max() <= 2, name
+
+
+def test_what_a_file_is_shows_in_its_bytes(tmp_path, convert):
+    for name in ("a.png", "b.heic", "c.txt", "no_suffix"):
+        (tmp_path / "src" / name).write_bytes(jpeg())
+    assert named(convert()) == ["a", "b.heic", "c.txt", "no_suffix"]
+
+
+@pytest.mark.parametrize("size, reason", [
+    ((1, 1), "smaller than 64"), ((1, 20000), "smaller than 64"), ((20000, 20000), "pixels"), ((7072, 7072), "pixels"),
+])
+def test_extreme_sizes(tmp_path, convert, size, reason):
+    """A header alone: the size is judged before anything is decoded."""
+    (tmp_path / "src" / "good.jpg").write_bytes(jpeg())
+    whole = io.BytesIO()
+    Image.new("1", (8, 8)).save(whole, "PNG")
+    head = b"IHDR" + size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big") + whole.getvalue()[24:29]
+    png = whole.getvalue()[:12] + head + zlib.crc32(head).to_bytes(4, "big") + whole.getvalue()[33:]
+    (tmp_path / "src" / "odd.png").write_bytes(png)
+    out = convert()
+    assert named(out) == ["good"] and reason in skips(out)["odd.png"]
+
+
+def test_odd_names(tmp_path, convert):
+    """Names of 255 bytes, with newlines, broken UTF-8 or Windows' own: a crop each, one line each in skipped.txt."""
+    names = ["n" * 251 + ".jpg", "ü" * 125 + ".jpg", "a\nb.jpg", "con.jpg", "日本.jpg", "x.", ".hidden.jpg"]
+    names += ['a<>:"|?*.jpg', "line\u2028end.jpg", "d" * 250, os.fsdecode(b"\xff.jpg")]
+    for name in names:
+        (tmp_path / "src" / name).write_bytes(jpeg())
+        (tmp_path / "src" / ("~" + name[:200])).write_text("text")
+    out = convert()
+    found = [path.name for path in (out / "64").rglob("*.png")]
+    assert len(set(found)) == len(names)
+    assert all(len(name.encode()) <= 255 and not set(name) & set('\n\\/:*?"<>|') for name in found)
+    assert not {"con.png", ".hidden.png"} & set(found) and {"日本.png", "n" * 251 + ".png"} <= set(found)
+    assert len(skips(out)) == len(names)
+
+
+def test_the_same_name_in_two_folders(tmp_path, convert):
+    src = tmp_path / "src"
+    for folder, level in (("a", 10), ("b", 200), ("img_align_celeba", 90)):
+        (src / folder).mkdir()
+        Image.new("RGB", (80, 80), (level,) * 3).save(src / folder / "1.png")
+    Image.new("RGB", (80, 80)).save(src / "a" / "1.bmp")
+    out = convert()
+    assert [crop_of(out, name)[0, 0, 0] for name in ("a__1", "b__1", "1")] == [0, 200, 90]
+    assert skips(out) == {"a/1.png": "same name: its crop would overwrite that of a/1.bmp"}
+
+
+def test_unreadable_permissions(tmp_path):
+    """As another user than root, who may read everything."""
+    (tmp_path / "src" / "closed").mkdir(parents=True)
+    for name in ("good.jpg", "closed.jpg", "closed/in.jpg"):
+        (tmp_path / "src" / name).write_bytes(jpeg())
+    (tmp_path / "src" / "closed.jpg").chmod(0)
+    (tmp_path / "src" / "closed").chmod(0)
+    (tmp_path / "out").mkdir(mode=0o777)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # no exec: another user may not reach this Python
+        os.dup2(write, 2)
+        try:
+            if os.geteuid() == 0:
+                os.chdir(tmp_path)  # from there on by relative paths: the folders above are root's
+                tmp_path.chmod(0o755)
+                (tmp_path / "out").chmod(0o777)
+                os.setuid(65534)
+            preprocess.main(["src", "--dataroot", "out", "--sizes", "64", "--workers", "0"])
+            for closed in ("src/closed", "src/closed/deeper"):
+                with pytest.raises(SystemExit, match="cannot read SRC"):
+                    preprocess.main([closed, "--dataroot", "out"])
+            os._exit(0)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(1)
+    os.close(write)
+    errors = os.fdopen(read).read()
+    assert os.waitpid(child, 0)[1] == 0, errors
+    (tmp_path / "src" / "closed").chmod(0o700)
+    assert named(tmp_path / "out") == ["good"]
+    assert skips(tmp_path / "out") == dict.fromkeys(("closed.jpg", "closed"), "unreadable: Permission denied")
+
+
+def test_own_crops_inside_src_are_not_photos(tmp_path, convert, capsys):
+    for _ in range(2):
+        Image.new("RGB", (80, 80)).save(tmp_path / "src" / "a.png")
+        preprocess.main([str(tmp_path / "src"), "--dataroot", str(tmp_path / "src"), "--sizes", "64", "128"])
+    assert "64: 0 written, 1 there already" in capsys.readouterr().out
+    assert named(tmp_path / "src") == ["a"]
+
+
+def test_dangerous_zips(tmp_path, capsys):
+    """Encrypted, too large, packed by bzip2 (whose reader knows no bound), a wrong size, a wrong checksum."""
+    path, out = tmp_path / "photos.zip", tmp_path / "out"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(preprocess.MAX_BYTES + 1))
+        archive.writestr("C:\\windows.jpg", jpeg())
+        archive.writestr("b\\good.jpg", jpeg())
+        archive.writestr("bz.jpg", bytes(10**6), compress_type=zipfile.ZIP_BZIP2)
+        for name in ("secret.jpg", "short.jpg", "torn.jpg"):
+            archive.writestr(name, jpeg(), compress_type=zipfile.ZIP_STORED)
+    data, size = bytearray(path.read_bytes()), len(jpeg()).to_bytes(4, "little")
+    data[data.index(b"torn.jpg") + 100] ^= 0xFF
+    directory = data.index(b"PK\x01\x02")
+    entry = data.index(b"secret.jpg", directory) - 46
+    data[entry + 8] |= 1
+    entry = data.index(b"short.jpg", directory) - 46
+    assert data[entry + 24 : entry + 28] == size
+    data[entry + 24 : entry + 28] = (99).to_bytes(4, "little")
+    path.write_bytes(data)
+    preprocess.main([str(path), "--dataroot", str(out), "--sizes", "64"])
+    reasons = skips(out)
+    assert named(out) == ["b__good"]
+    assert set(reasons) == {"bomb.jpg", "C:/windows.jpg", "bz.jpg", "secret.jpg", "short.jpg", "torn.jpg"}
+    assert reasons["secret.jpg"] == "encrypted" and reasons["bomb.jpg"].startswith("too large")
+    assert reasons["bz.jpg"] == "unusual compression" and "CRC" in reasons["torn.jpg"]
+    assert "1 encrypted" in capsys.readouterr().out
+
+
+def test_truncated_zip(tmp_path, run_script, refused):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jpg", jpeg())
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(run_script("preprocess.py", path), "photos.zip", "copy the zip again")
+
+
+def test_split_stays_when_photos_are_added(tmp_path, convert):
+    for first, last in ((0, 40), (40, 80)):
+        for i in range(first, last):
+            (tmp_path / "src" / f"{i}.jpg").write_bytes(jpeg())
+        out = convert()
+        splits = {path.stem: path.parent.name for path in out.rglob("*.png")}
+        assert len(splits) == last and set(splits.values()) == {"train", "test"}
+        assert splits == {str(i): preprocess.hash_split(str(i)) for i in range(last)}
+
+
+def test_partition_with_commas_a_header_and_folders(tmp_path, convert):
+    (tmp_path / "src" / "a").mkdir()
+    for name in ("1.jpg", "a/1.jpg"):
+        (tmp_path / "src" / name).write_bytes(jpeg())
+    (tmp_path / "src" / "list_eval_partition.txt").write_text("image_id,partition\n1.jpg,1\na/1.jpg,2\n")
+    out = convert()  # found inside SRC, and not taken for a photo
+    assert {path.stem: path.parent.name for path in out.rglob("*.png")} == {"1": "valid", "a__1": "test"}
+    assert skips(out) == {}
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, ["cannot read --partition"]),
+    ("a.jpg 0\nb.jpg three\n", ["b.jpg three", "0, 1 or 2"]),
+    ("other.jpg 0\n", ["names none of the photos"]),
+    ("a.jpg 3\n", ["names none of the photos"]),
+])
+def test_bad_partitions(tmp_path, run_script, refused, text, words):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    refused(run_script("preprocess.py", "src", "--partition", "list.txt"), "list.txt", *words)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_another_partition_does_not_put_a_photo_into_both_splits(tmp_path, convert):
+    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
+    for number in (0, 2):
+        (tmp_path / f"{number}.txt").write_text(f"a.jpg {number}\n")
+    convert("--partition", str(tmp_path / "0.txt"))
+    with pytest.raises(SystemExit, match="same --partition"):
+        convert("--partition", str(tmp_path / "2.txt"))
+
+
+def test_processes_write_the_same_bytes_as_one(tmp_path):
+    for workers in ("0", "2"):
+        preprocess.main(["--demo", "40", "--dataroot", str(tmp_path / workers), "--workers", workers])
+    paths = sorted((tmp_path / "0").rglob("*.png"))
+    assert len(paths) == 80
+    assert all(path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "0")).read_bytes() for path in paths)
+
+
+def test_works_where_processes_are_spawned(tmp_path):
+    """As on Windows and macOS."""
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import preprocess\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    preprocess.main(['--demo', '40', '--dataroot', 'out', '--sizes', '64', '--workers', '2'])\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "40 written" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A run of two worker processes that has begun to write; and the worker processes' numbers."""
+    command = [sys.executable, ROOT / "preprocess.py", "--demo", "5000", "--dataroot", tmp_path / "out"]
+    command += ["--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.rglob("*.png"))) < 20:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs /proc")
+    yield process, [int(number) for number in children.read_text().split()]
+    process.kill()
+    process.communicate()
+
+
+def alive(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_workers_end_with_their_parent(tmp_path, running, number, code):
+    process, workers = running
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == code and "Traceback" not in errors
+    assert number == signal.SIGKILL or "run the same command again" in errors
+    end = time.time() + 10
+    while any(map(alive, workers)) and time.time() < end:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(map(alive, workers))
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_killed_worker_is_one_clear_error(running):
+    process, workers = running
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "worker process was killed" in errors and "--workers" in errors
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path, convert):
+    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
+    out = convert()
+    old, fresh = out / "64" / "train" / ".1.tmp", out / "64" / "train" / ".2.tmp"
+    for path in (old, fresh):
+        path.touch()
+    os.utime(old, (0, 0))
+    convert()
+    assert not old.exists() and fresh.exists()  # the fresh one may be another run's
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_full_disk(small_disk, run_script, refused, workers):
+    done = run_script("preprocess.py", "--demo", 200, "--dataroot", small_disk, "--sizes", 64, "--workers", workers)
+    refused(done, "cannot write", "No space left", "free some space")
+    assert not list(small_disk.rglob("*.tmp"))
+    for path in small_disk.rglob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_read_only_disk(small_disk, run_script, refused):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(run_script("preprocess.py", "--demo", 2, "--dataroot", small_disk), "cannot write", "Read-only")
+
+
+def test_atomic_write_of_a_name_of_255_bytes_and_what_torch_makes_of_a_full_disk(tmp_path, small_disk):
+    with preprocess.atomic_write(tmp_path / ("n" * 255), durable=True) as file:
+        file.write(b"whole")
+    assert (tmp_path / ("n" * 255)).read_bytes() == b"whole"
+    with pytest.raises(SystemExit, match="name too long"), preprocess.atomic_write(tmp_path / ("n" * 256)):
+        pass
+    (small_disk / "params").write_bytes(b"before")
+    with (
+        pytest.raises(SystemExit, match="No space left"),
+        preprocess.atomic_write(small_disk / "params", durable=True) as file,
+    ):
+        torch.save(torch.zeros(10**6), file)
+    assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("params", b"before")]
+
+
+def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("torchvision").datasets
+    monkeypatch.setattr(datasets, "CelebA", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("quota\nexceeded")))
+    with pytest.raises(SystemExit) as stop:
+        preprocess.main(["--download", "--dataroot", str(tmp_path)])
+    for words in ("img_align_celeba.zip", "list_eval_partition.txt", str(tmp_path / "celeba"), "python preprocess.py"):
+        assert words in str(stop.value)
+    assert "\n" not in str(stop.value)
+    (tmp_path / "celeba").mkdir()  # by hand then; the same command goes on
+    with zipfile.ZipFile(tmp_path / "celeba" / "img_align_celeba.zip", "w") as archive:
+        archive.writestr("img_align_celeba/000001.jpg", jpeg())
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("000001.jpg 2\n")
+    preprocess.main(["--download", "--dataroot", str(tmp_path), "--sizes", "64"])
+    assert "1 written (1 test)" in capsys.readouterr().out
+
+
+def test_import_is_cheap():
+    command = "import sys, preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("flags", [
+    ("--demo", "0"), ("--demo", "2", "--sizes", "0"), ("--demo", "2", "--workers", "-1"),
+    ("--demo", "2", "--crop", "x"), ("--demo", "2", "--crop", "179"), ("--demo", "2", "--dataroot", "file"),
+    ("--demo", "2", "--download"), ("src", "--demo", "2"), ("file",),
+])
+def test_bad_flags(tmp_path, run_script, refused, flags):
+    (tmp_path / "file").write_text("text")
+    refused(run_script("preprocess.py", *flags))
+
+
+def test_paths_with_spaces_and_unicode_from_another_folder(tmp_path, run_script):
+    (tmp_path / "my photos é").mkdir()
+    (tmp_path / "my photos é" / "a b.jpg").write_bytes(jpeg())
+    done = run_script("preprocess.py", "my photos é", "--dataroot", "out ü", "--sizes", "64")
+    assert done.returncode == 0 and named(tmp_path / "out ü") == ["a b"], done.stderr
+
+
+def test_two_thousand_damaged_files(tmp_path):
+    result = fuzz(2000, seed=1, folder=tmp_path / "fuzz")
+    outcomes = Counter()
+    for (_, outcome), number in result["counts"].items():
+        outcomes[outcome] += number
+    assert set(outcomes) == {"crop", "skip"} and outcomes.total() == 2000
+    assert min(outcomes.values()) > 200  # both ways are tried
+
+
+def test_the_real_photos(tmp_path):
+    """A part of the shared zip, made again; everything is what the whole of it gave."""
+    shared = ROOT.parent / "shared" / "data"
+    if not (shared / "img_align_celeba_16k.zip").is_file():
+        pytest.skip("the shared photos are not here")
+    with (
+        zipfile.ZipFile(shared / "img_align_celeba_16k.zip") as whole,
+        zipfile.ZipFile(tmp_path / "part.zip", "w") as part,
+    ):
+        for name in whole.namelist()[:200]:
+            part.writestr(name, whole.read(name))
+    partition = str(shared / "list_eval_partition.txt")
+    preprocess.main([str(tmp_path / "part.zip"), "--partition", partition, "--dataroot", str(tmp_path / "out")])
+    assert len(named(tmp_path / "out")) == 200 and 0 < len(named(tmp_path / "out", 128)) < 200
+    assert skips(tmp_path / "out") == {}
+    rows = dict(line.split() for line in Path(partition).read_text().splitlines())
+    for path in (tmp_path / "out").rglob("*.png"):
+        assert path.parent.name == preprocess.SPLITS[int(rows[path.stem + ".jpg"])]
