@@ -336,9 +336,12 @@ def start_worker() -> None:
 def run(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, dict[int, str], str]]:
     """(photo, *process(photo)) for each of `photos`, in all worker processes."""
     work, bar = partial(process, args), partial(tqdm, photos, unit="img", desc="preprocess", disable=None)
-    if args.workers < 2 or len(photos) < 32:
+    pool = None
+    if args.workers > 1 and len(photos) >= 32:
+        with suppress(OSError):  # no /dev/shm, so no semaphores: this process has to do
+            pool = ProcessPoolExecutor(min(args.workers, 61), initializer=start_worker)  # Windows takes no more
+    if pool is None:
         return [(photo, *work(photo)) for photo in bar()]
-    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
     try:
         results = pool.map(work, photos, chunksize=8)
         return [(photo, *result) for photo, result in zip(bar(), results, strict=True)]

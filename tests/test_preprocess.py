@@ -442,6 +442,17 @@ def test_works_where_processes_are_spawned(tmp_path):
     assert done.returncode == 0 and "40 written" in done.stdout, done.stderr
 
 
+def test_works_without_shared_memory(tmp_path):
+    """As in many containers: semaphores cannot be made."""
+    inside = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, ROOT / "preprocess.py"]
+    command += ["--demo", "40", "--sizes", "64", "--workers", "2", "--dataroot", "out"]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("needs the right to unshare")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "40 written" in done.stdout, done.stderr
+
+
 @pytest.fixture
 def running(tmp_path):
     """A run of two worker processes that has begun to write; and the worker processes' numbers."""
