@@ -348,12 +348,8 @@ def run(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, dict
     except BrokenProcessPool:
         raise SystemExit("error: a worker process was killed (out of memory?); run the same command again, perhaps "
                          "with fewer --workers: what was written stays") from None
-    except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C too: the chunks in work are done within a second or so
 
 
 def summary(args: argparse.Namespace, photos: list[Photo], results: list, seconds: float) -> str:
