@@ -1,111 +1,173 @@
 """Two sets of images -> Fréchet Inception Distance (FID): how far generated faces are from real ones.
 
     python evaluate.py                                         # runs/64/generator.params against data/64/test
-    python evaluate.py --params runs/128/generator.params
-    python evaluate.py --images faces --real data/64/test      # two folders
+    python evaluate.py --params runs/128/generator.params --repeats 5 --neighbours neighbours.png
+    python evaluate.py --images faces --real data/64/test      # two folders, or .npz statistics
     python evaluate.py --inception tf2015                      # the network that papers report with
+    torchrun --nproc-per-node 4 -- evaluate.py --num 10000     # four GPUs share the images
 
 FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) over the means and covariances of Inception features (Heusel et
 al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017). Lower is better.
-It depends on the number of images, the network and the resize: quote them with it.
+It depends on the number of images, the network and the resize: quote them with it. From the same features: KID,
+precision and recall, and the FID of real train images, the floor that a perfect generator would reach.
 """
 
 import argparse
 import hashlib
 import json
+import os
+import platform
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
+import scipy.stats
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from dataloader import DataGenerater, fingerprint
+from dataloader import DataGenerater, find_images, fingerprint, image_grid, save_image
 from generator import load_generator, sample
-from inception import LAST_LAYER, URLS, load_inception
-from network import pick_device
+from inception import DEFAULT_RESIZE, DTYPES, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
+from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+from network import Generator, pick_device
 from preprocess import Formatter, atomic_write, natural
 
-FACTS = ("network", "dims", "resize", "weights_sha256", "resolution")  # have to be equal on both sides
+VERSION = 2  # of the measurement: raised when the same images would give other numbers
+FACTS = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")  # alike on both sides
 
 
-class Moments:
-    """Count, mean and covariance, float64, of features (N,D) that come in chunks of any size."""
-
-    def __init__(self):
-        self.n, self.shift = 0, None
-
-    def add(self, features: torch.Tensor) -> None:
-        # On the CPU: MPS has no float64. Less the first row: sums of squares of nearly equal numbers cancel badly.
-        features = features.cpu().double()
-        if self.shift is None:
-            self.shift = features[0].clone()
-            self.sum = torch.zeros_like(self.shift)
-            self.outer = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64)
-        features = features - self.shift
-        self.n += len(features)
-        self.sum += features.sum(0)
-        self.outer.addmm_(features.T, features)
-
-    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """(D,) and (D,D), unbiased. Raises SystemExit for fewer than two images."""
-        if self.n < 2:
-            raise SystemExit(f"error: {self.n} images have no covariance; give 2 or more, and 2,048 for a FID to quote")
-        covariance = (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
-        return (self.shift + self.sum / self.n).numpy(), covariance.numpy()
+def set_up_ranks(name: str) -> torch.device:
+    """The device of this process, alone or among those of torchrun, which talk to each other through the CPU."""
+    device = pick_device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")
+    return device
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Fréchet distance between two normal distributions, never negative (Dowson and Landau, 1982).
-
-    tr (S1 S2)^(1/2) is taken as the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric:
-    nothing can become complex, also where a covariance is singular. Raises SystemExit for NaN or infinite input.
-    """
-    for array in (mu1, sigma1, mu2, sigma2):
-        if not np.isfinite(array).all():
-            raise SystemExit("error: the features hold NaN or infinite values; check the images and --weights")
-    values, vectors = scipy.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    inner = root @ sigma2 @ root
-    trace = np.sqrt(scipy.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
-    return max(float(distance), 0.0)
+def rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def measure(batches: Iterable[torch.Tensor], features: torch.nn.Module, total: int, label: str) -> tuple:
-    """(n, mean, covariance) of the features of image batches, uint8 (N,3,S,S)."""
-    moments, device = Moments(), next(features.parameters()).device
-    with tqdm(total=total, desc=label, unit="img", disable=None) as bar:
-        for batch in batches:
-            moments.add(features(batch.to(device)))
-            bar.update(len(batch))
-    return moments.n, *moments.mean_and_covariance()
+def gather(value: object) -> list:
+    """`value` of each process, in their order."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
-def read_batches(dataset: DataGenerater, batch_size: int) -> Iterator[torch.Tensor]:
-    for start in range(0, len(dataset), batch_size):
-        yield dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
+def my_share(items: Sequence) -> Sequence:
+    """This process's part of `items`; the parts of all, in their order, are `items` again."""
+    rank, world_size = rank_and_world_size()
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
-def folder_statistics(folder: Path, features, facts: dict, args: argparse.Namespace, label: str) -> dict:
-    """Statistics of the images in `folder`: computed once, and kept in --dataroot while nothing in it changes."""
+# ---------------------------------------------------------------------------------------------- one side
+
+
+def measure(batches: Iterable[torch.Tensor], net: torch.nn.Module, total: int, label: str) -> dict:
+    """n, mu, sigma and features (n,D) of image batches, uint8 (N,3,S,S), of which each process gives its share."""
+    moments, features, device = Moments(), [], next(net.parameters()).device
+    with tqdm(total=total, desc=label, unit="img", disable=rank_and_world_size()[0] > 0 or None) as bar:
+        try:
+            for batch in batches:
+                features.append(net(batch.to(device)).cpu())
+                moments.add(features[-1])
+                bar.update(len(batch))
+        except torch.OutOfMemoryError:
+            raise SystemExit("error: the GPU's memory is full; lower --batch-size") from None
+    shares = gather((moments, features))
+    moments, features = Moments(), []
+    for theirs, chunks in shares:
+        moments, features = moments.merge(theirs), features + chunks
+    mu, sigma = moments.mean_and_covariance()
+    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": torch.cat(features)}
+
+
+def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
+    """Images uint8 (N,3,S,S). Threads decode one batch, outside the interpreter's lock, while another is measured."""
+    with ThreadPoolExecutor() as pool:
+        ready = None
+        for start in range(0, len(indices), batch_size):
+            coming = pool.map(dataset.__getitem__, indices[start : start + batch_size])
+            if ready:
+                yield torch.stack(list(ready))
+            ready = coming
+        if ready:
+            yield torch.stack(list(ready))
+
+
+def choose(total: int, num: int | None) -> list[int]:
+    """`num` of `total` indices, in rising order and always the same; all of them where num is None."""
+    if num is None or num == total:
+        return list(range(total))
+    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
+
+
+def side_of_folder(folder: Path, net, facts: dict, args: argparse.Namespace, num: int | None = None) -> dict:
+    """Statistics of the images in `folder`, or of `num` of them: computed once, and kept while nothing changes."""
     dataset = DataGenerater(folder, image_size=None)
-    facts = facts | {"resolution": dataset.image_size}
-    key = hashlib.sha256(json.dumps([fingerprint(dataset.paths, folder), facts]).encode()).hexdigest()[:16]
-    cache = args.dataroot / ".statistics" / f"{key}.npz"
-    if cache.is_file():
-        return load_statistics(cache)
-    n, mu, sigma = measure(read_batches(dataset, args.batch_size), features, len(dataset), label)
-    stats = facts | {"n": n, "mu": mu, "sigma": sigma}
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(stats, cache)
-    except (OSError, SystemExit) as problem:
-        print(f"warning: the statistics are not kept for next time ({problem})", file=sys.stderr)
+    if num and num > len(dataset):
+        raise SystemExit(f"error: --num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
+    refuse_unlike({"resolution": dataset.image_size}, facts, folder)
+    indices = choose(len(dataset), num)
+    facts = facts | {"split": folder.name}
+    key = json.dumps([fingerprint([dataset.paths[i] for i in indices], folder), facts], sort_keys=True)
+    cache = args.dataroot / ".statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    first = rank_and_world_size()[0] == 0
+    kept = gather(read_cache(cache) if first else None)[0]
+    if kept:
+        return kept
+    stats = facts | measure(read_batches(dataset, my_share(indices), args.batch_size), net, len(indices), str(folder))
+    if first:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            save_statistics(stats, cache)
+        except (OSError, SystemExit) as problem:
+            print(f"warning: the statistics are not kept for next time ({problem})", file=sys.stderr)
     return stats
+
+
+def side_of_path(path: Path, net, facts: dict, args: argparse.Namespace, num: int | None = None) -> dict:
+    if path.suffix != ".npz":
+        return side_of_folder(path, net, facts, args, num)
+    stats = load_statistics(path)
+    refuse_unlike(stats, facts, path)
+    if "network" not in stats and rank_and_world_size()[0] == 0:
+        print(f"note: {path} does not say how it was measured: make sure that it was as below", file=sys.stderr)
+    return stats
+
+
+def resolution_of(path: Path) -> int | None:
+    return load_statistics(path).get("resolution") if path.suffix == ".npz" else DataGenerater(path, None).image_size
+
+
+def train_folder(real: Path) -> Path | None:
+    """The train split that belongs to the folder `real`, where there is one."""
+    train = real.with_name("train")
+    return train if train.is_dir() and real.is_dir() and real.name != "train" else None
+
+
+def side_of_generator(netG: Generator, seeds: range, net, facts: dict, args: argparse.Namespace) -> dict:
+    """Statistics of the faces of `seeds`, which are never written to the disk."""
+    faces = sample(netG, my_share(seeds), args.batch_size)
+    return facts | measure(faces, net, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+
+
+def refuse_unlike(stats: dict, facts: dict, path: Path) -> None:
+    """Raises SystemExit when `stats` of `path` were measured in another way than `facts` say."""
+    for fact in FACTS:
+        if fact in stats and fact in facts and stats[fact] != facts[fact]:
+            raise SystemExit(
+                f"error: {fact} is {stats[fact]} in {path} and {facts[fact]} on the other side: such a distance means "
+                "nothing; measure both sides alike"
+            )
 
 
 def save_statistics(stats: dict, path: Path) -> None:
@@ -116,95 +178,193 @@ def save_statistics(stats: dict, path: Path) -> None:
 
 def load_statistics(path: Path) -> dict:
     """mu, sigma, and whatever facts an .npz made here, by pytorch-fid or by TTUR has. Raises SystemExit otherwise."""
+    if not path.is_file():
+        raise SystemExit(f"error: {path} does not exist; give a folder of images or an .npz of statistics")
     try:
         with np.load(path, allow_pickle=False) as content:
-            stats = {name: content[name] if name in ("mu", "sigma") else content[name].item() for name in content}
-        dims = len(stats["mu"])
-        if stats["mu"].shape != (dims,) or stats["sigma"].shape != (dims, dims):
+            stats = {
+                name: content[name] for name in content if name in (*FACTS, "mu", "sigma", "features", "n", "split")
+            }
+        stats = {name: value.item() if value.ndim == 0 else value for name, value in stats.items()}
+        mu, sigma = stats["mu"].astype(np.float64), stats["sigma"].astype(np.float64)
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise ValueError("mu and sigma do not fit each other")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"error: {path} holds no statistics mu and sigma ({error}); give another --real") from None
-    return {"dims": dims} | stats
+    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, by the byte at which a file is damaged
+        raise SystemExit(f"error: {path} holds no statistics mu and sigma ({error}); give another file") from None
+    if "features" in stats:
+        stats["features"] = torch.from_numpy(stats["features"])
+    return {"dims": len(mu)} | stats | {"mu": mu, "sigma": sigma}
 
 
-def generator_statistics(features, facts: dict, num: int, args: argparse.Namespace, device: torch.device) -> dict:
-    """Statistics of the faces of seeds 0 to num-1, which are never written to the disk."""
-    netG = load_generator(args.params, device)
-    faces = sample(netG, range(num), args.batch_size)
-    n, mu, sigma = measure(faces, features, num, f"faces of {args.params}")
-    return facts | {"resolution": netG.image_size, "n": n, "mu": mu, "sigma": sigma}
+def read_cache(path: Path) -> dict | None:
+    try:
+        return load_statistics(path) if path.is_file() else None
+    except SystemExit as problem:
+        print(f"warning: measured again, since {str(problem).removeprefix('error: ')}", file=sys.stderr)
+        return None
 
 
-def real_statistics(features, facts: dict, args: argparse.Namespace) -> dict:
-    if args.real.suffix == ".npz":
-        if not args.real.is_file():
-            raise SystemExit(f"error: --real {args.real} does not exist; give a folder of images or an .npz")
-        return load_statistics(args.real)
-    return folder_statistics(args.real, features, facts, args, f"real images of {args.real}")
+# ---------------------------------------------------------------------------------------------- both sides
 
 
-def compare(real: dict, fake: dict) -> float:
-    """The FID of two statistics. Raises SystemExit when they were measured in different ways."""
-    for fact in FACTS:
-        if fact in real and fact in fake and real[fact] != fake[fact]:
-            raise SystemExit(
-                f"error: {fact} is {real[fact]} on the real side and {fake[fact]} on the other: "
-                "such a distance means nothing; measure both sides alike"
-            )
-    for side, stats in (("real", real), ("generated", fake)):
-        if stats.get("n", 2048) < 2048:
+def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
+    """What the features say about the real side and the fake one; FID is the mean over `fakes`, draws of it."""
+    fids = [frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
+    result = {"fid": float(np.mean(fids)), "n_real": real.get("n"), "n_fake": fakes[0].get("n")}
+    if len(fids) > 1:
+        half = scipy.stats.t.ppf(0.975, len(fids) - 1) * np.std(fids, ddof=1) / len(fids) ** 0.5
+        result |= {"fids": fids, "n_repeats": len(fids), "fid_95": [result["fid"] - half, result["fid"] + half]}
+    if infinity:
+        result["fid_infinity"] = fid_at_infinity(fakes[0]["features"], real["mu"], real["sigma"])
+    if "features" in real and "features" in fakes[0]:
+        result["kid"], result["kid_std"] = kernel_distance(fakes[0]["features"], real["features"])
+        result["precision"], result["recall"] = precision_and_recall(fakes[0]["features"], real["features"])
+    return result
+
+
+def measure_floor(real: dict, train: dict, n: int) -> dict:
+    """The FID of `n` train images, or of all there are, against the real side: a perfect generator would get it."""
+    some = train["features"][choose(train["n"], min(n, train["n"]))]
+    fid = frechet_distance(real["mu"], real["sigma"], *Moments().add(some).mean_and_covariance())
+    return {"floor": fid, "n_floor": len(some)}
+
+
+def draw_neighbours(fakes: torch.Tensor, features: torch.Tensor, train: dict, folder: Path, path: Path) -> None:
+    """A picture: in each row a fake and the 7 train images that are nearest to it in feature space."""
+    dataset, rows = DataGenerater(folder, image_size=None), []
+    for fake, indices in zip(fakes, nearest(features[: len(fakes)], train["features"], 7)):
+        rows.append(torch.cat([fake[None], dataset.__getitems__(indices.tolist())]))
+    save_image(image_grid(torch.cat(rows), columns=len(rows[0])), path)
+
+
+def first_images(folder: Path, num: int | None) -> torch.Tensor:
+    dataset = DataGenerater(folder, image_size=None)
+    return dataset.__getitems__(choose(len(dataset), num)[:8])
+
+
+def warn(n_real: int | None, n_fake: int | None) -> None:
+    for side, n in (("real", n_real), ("generated", n_fake)):
+        if n and n < 2048:
             print(
-                f"warning: {stats['n']:,} {side} images are fewer than 2,048: the covariance is rank-deficient and the "
-                "FID biased upwards; compare it only with one of equal numbers",
+                f"warning: {n:,} {side} images are fewer than 2,048: the covariance is rank-deficient at 2,048 dims, "
+                "and the FID biased upwards; compare it only with one of equal numbers",
                 file=sys.stderr,
             )
-    return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    if n_real and n_fake and max(n_real, n_fake) > 1.25 * min(n_real, n_fake):
+        print(
+            f"warning: {n_real:,} real and {n_fake:,} generated images: their biases differ; set --num", file=sys.stderr
+        )
+
+
+def report(result: dict) -> str:
+    """The result in words, n, network and resize included; its last line is the one to look for."""
+    name = "FID" if result["dims"] == 2048 else f"FID-{result['dims']}"
+    lines = [
+        "{real}: {n_real} real images; {fake}: {n_fake} generated ones; both {resolution}x{resolution}",
+        "{network}, {dims} features, resize {resize}, {dtype}, weights of SHA-256 {weights_sha256:.16}...",
+    ]
+    if "fid_95" in result:
+        lines.append(
+            name + " {fid:.4f} is the mean of {n_repeats} draws; its 95 % interval {fid_95[0]:.4f} to {fid_95[1]:.4f}"
+        )
+    if "fid_infinity" in result:
+        lines.append(name + " {fid_infinity:.4f} extrapolated to infinitely many generated images")
+    if "floor" in result:
+        lines.append(
+            name + " {floor:.4f} of {n_floor} real train images: the floor, which a perfect generator would reach"
+        )
+    if "kid" in result:
+        lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
+        lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
+    return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
+    defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
     fake = parser.add_mutually_exclusive_group()
     fake.add_argument("--params", type=Path, default=Path("runs/64/generator.params"), help="generator to evaluate")
-    fake.add_argument("--images", type=Path, help="folder of images to evaluate instead")
+    fake.add_argument("--images", type=Path, help="folder of images or .npz statistics to evaluate instead")
     add("--real", type=Path, help="folder or .npz statistics (default: <dataroot>/<resolution>/test)")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
-    add("--num", type=natural(2), help="faces to generate (default: as many as there are real ones)")
+    add("--num", type=natural(2), help="generated images (default: as many as real ones, or all of --images)")
+    add("--seed", type=natural(0), default=0, help="of the first face; the others follow")
+    add("--repeats", type=natural(1), default=1, help="draws of --num faces, for an interval of the FID")
     add("--inception", choices=URLS, default="torchvision", help="the report's network, or the one of most papers")
     add("--weights", type=Path, help="its state dict (default: torch's hub cache, or a download)")
     add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; less is not what papers quote")
-    add("--batch-size", type=natural(1), default=32, help="images at a time")
+    add("--resize", choices=RESIZES, help=f"as pytorch-fid, TensorFlow 1 or clean-fid do (default: {defaults})")
+    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster where the hardware is made for it")
+    add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also the FID of real train images")
+    add("--infinity", action="store_true", help="also the FID extrapolated to infinitely many faces")
+    add("--neighbours", type=Path, metavar="PNG", help="draw faces beside the train images nearest to them")
+    add("--batch-size", type=natural(1), default=16, help="images at a time; 64 and more suit a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--save-stats", type=Path, metavar="NPZ", help="also write the statistics of the real side")
     add("--json", type=Path, metavar="FILE", help="also write the result with all that it depends on")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.neighbours and args.neighbours.suffix != ".png":
+        parser.error("--neighbours draws a .png")
+    if args.images and args.repeats > 1:
+        parser.error("--repeats draws faces: it goes with --params, not with --images")
+    if args.images and args.images.suffix == ".npz" and (args.infinity or args.neighbours or args.num):
+        parser.error("--infinity, --neighbours and --num need images, which an .npz does not hold")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for path in (args.save_stats, args.json):
-        if path and path.exists():
+    for path in filter(None, (args.save_stats, args.json, args.neighbours)):
+        if path.exists():
             raise SystemExit(f"error: {path} exists; remove it or choose another name")
-    device = pick_device(args.device)
-    if args.real is None:
-        first = DataGenerater(args.images, None) if args.images else load_generator(args.params)
-        args.real = args.dataroot / str(first.image_size) / "test"
-    features, facts = load_inception(args.inception, args.dims, args.weights, device)
-    real = real_statistics(features, facts, args)
+        if not path.parent.is_dir():
+            raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
+    device = set_up_ranks(args.device)
+    first = rank_and_world_size()[0] == 0
+    netG = None if args.images else load_generator(args.params, device)
+    size = netG.image_size if netG else resolution_of(args.images)
+    real_path = args.real or args.dataroot / str(size) / "test"
+    train_path = train_folder(real_path)
+    if args.neighbours and not train_path:
+        raise SystemExit(f"error: --neighbours needs a folder train beside {real_path}; give another --real")
+    net, facts = None, {}
+    if any(path is None or path.suffix != ".npz" for path in (real_path, args.images)):
+        args.weights = args.weights or gather(find_weights(args.inception) if first else None)[0]
+        net, facts = load_inception(args.inception, args.dims, args.weights, device, args.resize, args.precision)
+        facts |= {"version": VERSION} | ({"resolution": size} if size else {})
+
+    real = side_of_path(real_path, net, facts, args)
+    num = args.num or real.get("n", 10_000)
     if args.images:
-        fake = folder_statistics(args.images, features, facts, args, f"images of {args.images}")
+        fakes = [side_of_path(args.images, net, facts, args, args.num)]
+        refuse_unlike(fakes[0], real, args.images)
     else:
-        fake = generator_statistics(features, facts, args.num or real.get("n", 10_000), args, device)
-    fid = compare(real, fake)
+        starts = range(args.seed, args.seed + num * args.repeats, num)
+        fakes = [side_of_generator(netG, range(start, start + num), net, facts, args) for start in starts]
+    n = fakes[0].get("n", num)
+    if train_path and (args.floor or args.neighbours):
+        n_train = None if args.neighbours else min(n, len(find_images(train_path)))
+        train = side_of_folder(train_path, net, facts, args, n_train)
+    if not first:
+        return
+
+    result = {fact: fakes[0].get(fact, real.get(fact, "unknown")) for fact in FACTS}
+    result |= {"real": str(real_path), "fake": str(args.images or args.params)} | compare(real, fakes, args.infinity)
+    if train_path and args.floor:
+        result |= measure_floor(real, train, n)
+    warn(result["n_real"], result["n_fake"])
     if args.save_stats:
-        save_statistics(real, args.save_stats)
-    result = {"fid": fid, "n_real": real.get("n"), "n_fake": fake["n"]} | {name: fake[name] for name in FACTS}
-    result |= {"real": str(args.real), "fake": str(args.images or args.params)}
+        save_statistics({name: value for name, value in real.items() if name != "features"}, args.save_stats)
+    if args.neighbours:
+        shown = next(sample(netG, range(args.seed, args.seed + 8))) if netG else first_images(args.images, args.num)
+        draw_neighbours(shown, fakes[0]["features"], train, train_path, args.neighbours)
     if args.json:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         with atomic_write(args.json) as file:
-            file.write(json.dumps(result, indent=2).encode())
-    print(", ".join(f"{name} {str(value)[:24]}" for name, value in result.items() if name != "fid"))
-    print(f"Fréchet Inception Distance (FID): {fid:.4f}")
+            file.write(json.dumps(result | {"versions": versions, "flags": flags}, indent=2).encode())
+    print(report(result))
 
 
 if __name__ == "__main__":

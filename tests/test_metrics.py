@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+
+from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+
+
+def moments(features, chunk=100):
+    result = Moments()
+    for start in range(0, len(features), chunk):
+        result.add(torch.as_tensor(features[start : start + chunk]))
+    return result.mean_and_covariance()
+
+
+def fid(a, b):
+    return frechet_distance(*moments(a), *moments(b))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_closed_forms(rng):
+    x = rng.normal(size=(500, 20)) @ rng.normal(size=(20, 20))
+    shift = rng.normal(size=20)
+    sigma = np.cov(x, rowvar=False)
+    assert fid(x, x) == pytest.approx(0, abs=1e-8)
+    assert fid(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
+    mu = x.mean(0)
+    # tr(S + 4S - 2 (4 S S)^(1/2)) = tr(S), since S commutes with itself
+    assert frechet_distance(mu, sigma, mu, 4 * sigma) == pytest.approx(np.trace(sigma), rel=1e-9)
+    a, b = rng.uniform(1, 5, 20), rng.uniform(1, 5, 20)
+    diagonal = ((a**0.5 - b**0.5) ** 2).sum()
+    assert frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(diagonal, rel=1e-9)
+
+
+def test_against_the_textbook_square_root(rng):
+    from scipy.linalg import sqrtm
+
+    (mu1, s1), (mu2, s2) = moments(rng.normal(size=(400, 30))), moments(rng.normal(1, 2, size=(300, 30)))
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
+
+
+def exact(a, b):
+    """FID without a covariance: of A^T A and B^T B, that trace is the sum of A B^T's singular values."""
+    mu, (a0, b0) = a.mean(0) - b.mean(0), ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    return (mu**2).sum() + (a0**2).sum() + (b0**2).sum() - 2 * np.linalg.svd(a0 @ b0.T, compute_uv=False).sum()
+
+
+@pytest.mark.parametrize("n, other", [(10, 12), (100, 300), (300, 100), (2, 2)])
+def test_rank_deficient_sets(rng, n, other):
+    a, b = rng.normal(size=(n, 256)), rng.normal(0.1, 2, size=(other, 256))
+    assert fid(a, b) == pytest.approx(exact(a, b), rel=1e-6) == fid(b, a)
+    assert 0 <= fid(a, a) < 1e-4
+
+
+def test_sets_of_one_colour(rng):
+    flat = np.full((5, 64), 3.0)
+    assert fid(flat, flat) == 0
+    assert fid(flat, flat + 1) == pytest.approx(64)
+    faces = rng.normal(size=(200, 64))
+    assert fid(flat, faces) == pytest.approx(exact(flat, faces)) == fid(faces, flat)
+
+
+def test_never_negative(rng):
+    for _ in range(20):
+        x = rng.normal(1000, 1, size=(60, 32)).astype(np.float32)
+        assert 0 <= fid(x, x[rng.permutation(60)]) < 1e-6
+
+
+def test_nan_and_too_few_are_errors_that_say_why():
+    with pytest.raises(SystemExit, match="NaN"):
+        fid(np.full((4, 3), np.nan), np.zeros((4, 3)))
+    with pytest.raises(SystemExit, match="NaN or infinite"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.inf))
+    with pytest.raises(SystemExit, match="1 images"):
+        moments(np.zeros((1, 3)))
+
+
+def test_statistics_do_not_depend_on_chunks_or_order(rng):
+    x = rng.normal(5, 1, size=(700, 16)).astype(np.float32)
+    mu, sigma = moments(x)
+    np.testing.assert_allclose(mu, x.astype(float).mean(0), atol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(float), rowvar=False), atol=1e-12)
+    for chunk, rows in ((1, x), (64, x), (700, x), (100, x[::-1].copy())):
+        again = moments(rows, chunk)
+        assert abs(again[0] - mu).max() < 1e-10 and abs(again[1] - sigma).max() < 1e-10
+
+
+def test_processes_put_their_sums_together(rng):
+    x = torch.from_numpy(rng.normal(1000, 1, size=(300, 16)))
+    merged = Moments()
+    for part in (x[:0], x[:100], x[100:101], x[101:]):
+        merged = merged.merge(Moments().add(part) if len(part) else Moments())
+    for mine, whole in zip(merged.mean_and_covariance(), Moments().add(x).mean_and_covariance()):
+        np.testing.assert_allclose(mine, whole, atol=1e-10)
+
+
+def test_a_million_nearly_equal_features(rng):
+    """Around 1000 a float32 has steps of 6e-5: sums of squares in float32, or not centred, lose all of it."""
+    x = (1000 + rng.normal(0, 1e-2, size=(1_000_000, 4))).astype(np.float32)
+    mu, sigma = moments(x, 50_000)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(float), rowvar=False), rtol=1e-6, atol=1e-12)
+
+
+def test_kid_is_the_unbiased_estimate(rng):
+    """Against the double sum written out; subsets of all images are all alike."""
+    x, y = rng.normal(size=(12, 5)), rng.normal(0.5, 1, size=(12, 5))
+    k = {}
+    for name, a, b in (("xx", x, x), ("yy", y, y), ("xy", x, y)):
+        k[name] = np.array([[(p @ q / 5 + 1) ** 3 for q in b] for p in a])
+    apart = ~np.eye(12, dtype=bool)
+    expected = k["xx"][apart].mean() + k["yy"][apart].mean() - 2 * k["xy"].mean()
+    mean, deviation = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert mean == pytest.approx(expected, rel=1e-9) and deviation < 1e-12
+    near = kernel_distance(*(torch.from_numpy(rng.normal(size=(400, 5))) for _ in "ab"), size=100)
+    assert abs(near[0]) < 3 * near[1] / 10 + 0.05 and near[1] > 0
+
+
+def test_precision_and_recall():
+    real = torch.arange(20.0)[:, None]  # on a line: from each the third neighbour is 2 or 3 away
+    assert precision_and_recall(real, real) == (1, 1)
+    assert precision_and_recall(real + 1000, real) == (0, 0)
+    collapsed = torch.full((20, 1), 10.0)  # one face again and again: all of it real, hardly anything of the real
+    assert precision_and_recall(collapsed, real) == (1, 1 / 20)
+    half = torch.cat([real[:10], real[:10] + 1000])
+    precision, recall = precision_and_recall(half, real)
+    assert precision == 0.5 and recall >= 0.5
+
+
+def test_infinity_takes_the_bias_of_few_images_away(rng):
+    a = rng.normal(size=(64, 64)) * np.geomspace(1, 0.05, 64)
+    sigma, mu = a.T @ a / 64, np.zeros(64)
+    root = np.linalg.cholesky(sigma)
+    plain, extrapolated = [], []
+    for seed in range(4):
+        fake = torch.from_numpy(rng.normal(size=(1000, 64)) @ root.T)
+        plain.append(frechet_distance(mu, sigma, *Moments().add(fake).mean_and_covariance()))
+        extrapolated.append(fid_at_infinity(fake, mu, sigma, seed=seed))
+    assert abs(np.mean(extrapolated)) < np.mean(plain) / 5
+    with pytest.raises(SystemExit, match="needs 128 generated images"):
+        fid_at_infinity(fake[:127], mu, sigma)
+
+
+def test_nearest():
+    others = torch.tensor([[0.0], [10.0], [3.0], [4.0]])
+    assert nearest(torch.tensor([[3.4], [-5.0]]), others, 3).tolist() == [[2, 3, 0], [0, 2, 3]]
+    assert nearest(torch.tensor([[3.4]]), others, 9).shape == (1, 4)
