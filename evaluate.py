@@ -74,7 +74,8 @@ def my_share(items: Sequence) -> Sequence:
 def measure(batches: Iterable[torch.Tensor], net: torch.nn.Module, total: int, label: str) -> dict:
     """n, mu, sigma and features (n,D) of image batches, uint8 (N,3,S,S), of which each process gives its share."""
     moments, features, device = Moments(), [], next(net.parameters()).device
-    with tqdm(total=total, desc=label, unit="img", disable=rank_and_world_size()[0] > 0 or None) as bar:
+    mine, hidden = len(my_share(range(total))), rank_and_world_size()[0] > 0
+    with tqdm(total=mine, desc=label, unit="img", disable=hidden or None) as bar:
         try:
             for batch in batches:
                 features.append(net(batch.to(device)).cpu())
@@ -189,8 +190,13 @@ def load_statistics(path: Path) -> dict:
         mu, sigma = stats["mu"].astype(np.float64), stats["sigma"].astype(np.float64)
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise ValueError("mu and sigma do not fit each other")
+        n = stats.get("n", 2)
+        if not isinstance(n, int) or "features" in stats and stats["features"].shape != (n, len(mu)):
+            raise ValueError("n, mu and the features do not fit each other")
     except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, by the byte at which a file is damaged
-        raise SystemExit(f"error: {path} holds no statistics mu and sigma ({error}); give another file") from None
+        raise SystemExit(
+            f"error: {path} holds no statistics mu and sigma ({' '.join(str(error).split())}); give another file"
+        ) from None
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
     return {"dims": len(mu)} | stats | {"mu": mu, "sigma": sigma}

@@ -132,6 +132,8 @@ def test_damaged_statistics_are_one_sentence(tmp_path):
     np.savez(tmp_path / "objects.npz", mu=np.array([{}] * 4), sigma=np.eye(4))
     np.savez(tmp_path / "unfit.npz", mu=np.zeros(3), sigma=np.eye(4))
     np.savez(tmp_path / "none.npz", mean=np.zeros(3))
+    np.savez(tmp_path / "n.npz", mu=np.zeros(4), sigma=np.eye(4), n="many")
+    np.savez(tmp_path / "rows.npz", mu=np.zeros(4), sigma=np.eye(4), n=3, features=np.zeros((2, 4)))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     for cut in range(0, len(whole), 37):
