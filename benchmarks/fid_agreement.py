@@ -274,12 +274,13 @@ def main(argv: list[str] | None = None) -> None:
         fids, kept = compare_fids(real, fake, args, peer_weights)
         sets = compare_sets(kept, max(args.dims))
         bf16 = compare_precisions(*few, kept, args)
+        counts = f"{len(find_images(real))} real and {len(find_images(fake))} generated images"
         speed = compare_speed(copy_first(real, args.num_speed, folder / "speed"), few[0], args)
     tables = f"""# FID beside the tools of the field
 
 `python benchmarks/fid_agreement.py {" ".join(sys.argv[1:] if argv is None else argv)}`
 
-{args.num} images of each side, {args.threads} threads on {args.hardware}. {versions}.
+{counts}, {args.threads} threads on {args.hardware}. {versions}.
 
 "Exact" is the FID of the same features through singular values, without a covariance to round: it tells whose rounding
 a difference is. Where n < dims the covariances are rank-deficient, and roots of rounding errors add up.
