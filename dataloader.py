@@ -64,8 +64,8 @@ def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
 class DataGenerater(Dataset):
     """The images below `root` as uint8 tensors (3,S,S); the spelling of the name is the report's.
 
-    `image_size` None keeps the size of the files, which must then all be alike. `in_memory` decodes each file once,
-    here, with all cores, and keeps the pixels (3 S^2 bytes an image); otherwise files are read as they are asked for.
+    `image_size` None keeps the size of the files, which must then all be alike. With `in_memory`, or after
+    decode_all(), all pixels are kept (3 S^2 bytes an image); otherwise files are read as they are asked for.
     Raises SystemExit when a file is missing, cannot be read or has another size.
     """
 
@@ -75,7 +75,7 @@ class DataGenerater(Dataset):
         self.resize = image_size is not None
         self.images = None
         if in_memory:
-            self.images = self._decode_all()
+            self.decode_all()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,7 +98,8 @@ class DataGenerater(Dataset):
             return self.images[torch.as_tensor(indices)]
         return torch.stack([self[index] for index in indices])
 
-    def _decode_all(self) -> torch.Tensor:
+    def decode_all(self) -> None:
+        """Decodes every file once, with all cores, and keeps the pixels from then on."""
         # Threads: Pillow decodes outside the interpreter's lock, and nothing has to be copied between processes.
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
@@ -114,7 +115,7 @@ class DataGenerater(Dataset):
         ):
             for count in pool.map(decode, range(0, len(self), CHUNK)):
                 bar.update(count)
-        return images
+        self.images = images
 
 
 def fits_in_memory(n: int, image_size: int) -> bool:

@@ -15,7 +15,6 @@ precision and recall, and the FID of real train images, the floor that a perfect
 import argparse
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,25 +31,11 @@ from dataloader import DataGenerater, find_images, fingerprint, image_grid, save
 from generator import load_generator, sample
 from inception import DEFAULT_RESIZE, DTYPES, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
 from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
-from network import Generator, pick_device
+from network import Generator, join_ranks, rank_and_world_size
 from preprocess import Formatter, atomic_write, natural
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
 FACTS = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")  # alike on both sides
-
-
-def set_up_ranks(name: str) -> torch.device:
-    """The device of this process, alone or among those of torchrun, which talk to each other through the CPU."""
-    device = pick_device(name)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo")
-    return device
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(value: object) -> list:
@@ -326,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: {path} exists; remove it or choose another name")
         if not path.parent.is_dir():
             raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
-    device = set_up_ranks(args.device)
+    device = join_ranks(args.device, "gloo")  # which sends objects too
     first = rank_and_world_size()[0] == 0
     netG = None if args.images else load_generator(args.params, device)
     size = netG.image_size if netG else resolution_of(args.images)

@@ -9,7 +9,7 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
         yield draw(netG, latents(seeds[start : start + batch_size], netG.nz))
 
 
-def save_faces(netG: Generator, seeds: Sequence[int], outdir: Path, batch_size: int) -> None:
+def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
     """One PNG a seed. Threads encode one batch, outside the interpreter's lock, while the next is drawn."""
 
     def save(seed: int, image: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ def save_faces(netG: Generator, seeds: Sequence[int], outdir: Path, batch_size: 
 
     pending = []
     with ThreadPoolExecutor() as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
-        for images in sample(netG, seeds, batch_size):
+        for images in batches:
             for done in pending:
                 done.result()
             start = bar.n
@@ -116,14 +116,15 @@ def main(argv: list[str] | None = None) -> None:
         args.outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
-    save_faces(netG, args.seeds, args.outdir, args.batch_size)
+    batches = sample(netG, args.seeds, args.batch_size)
     if args.grid:
+        batches = list(batches)
         columns = max(8, round(len(args.seeds) ** 0.5))
-        faces = torch.cat(list(sample(netG, args.seeds, args.batch_size)))
-        save_image(image_grid(faces, columns), args.outdir / "grid.png")
+        save_image(image_grid(torch.cat(batches), columns), args.outdir / "grid.png")
+    save_faces(batches, args.seeds, args.outdir)
     if args.interpolate:
         path = interpolate(latents(args.seeds[:8], netG.nz))
-        frames = [image_grid(draw(netG, z[None])) for z in path]
+        frames = [image_grid(face[None]) for z in path.split(args.batch_size) for face in draw(netG, z)]
         save_animation(frames, args.outdir / "interpolation.gif")
     size = f"{netG.image_size}x{netG.image_size}"
     print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}")

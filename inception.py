@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from network import load_tensors
+from network import check_tensors, load_tensors
 
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
 URLS = {
@@ -122,13 +122,10 @@ def read_weights(path: Path, name: str, expected: dict) -> dict:
     """The tensors of `expected`, float32, out of the file `path`. Raises SystemExit when they are not all there."""
     remedy = f"give the state dict of {Path(URLS[name]).name} to --weights"
     state = load_tensors(path, remedy)
-    for key, tensor in expected.items():
+    for key in expected:
         if key.endswith("num_batches_tracked"):  # counts the training's steps, where a file has it at all
             state[key] = torch.tensor(0)
-        if not isinstance(state.get(key), torch.Tensor) or state[key].shape != tensor.shape:
-            raise SystemExit(f"error: {path} does not hold the weights of Inception-v3 (see {key}); {remedy}")
-        if not state[key].isfinite().all():
-            raise SystemExit(f"error: {path}: {key} holds NaN or infinite values; {remedy}")
+    check_tensors(state, expected, path, "the weights of Inception-v3", remedy)
     classes = state.get("fc.bias")
     if isinstance(classes, torch.Tensor) and classes.numel() != CLASSES[name]:
         found = next((other for other, n in CLASSES.items() if n == classes.numel()), "another")

@@ -8,12 +8,14 @@ Convolutional Generative Adversarial Networks", 2016. Parameter names (`main.0.w
 PyTorch DCGAN tutorial, so that its weights load here.
 """
 
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -109,6 +111,38 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def join_ranks(name: str, backend: str | None = None) -> torch.device:
+    """The device `name` of this process, alone or among those that torchrun started, which it joins.
+
+    They talk over NCCL on CUDA and gloo elsewhere, or over `backend`. Raises SystemExit as pick_device does.
+    """
+    device = pick_device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+    return device
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Number of this process and of all of them; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
+    """Raises SystemExit unless `state`, read from `path`, has each tensor of `expected`: of its shape, and finite."""
+    for name, wanted in expected.items():
+        tensor = state.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise SystemExit(f"error: {path} does not hold {what} (see {name}); {remedy}")
+        if tensor.shape != wanted.shape:
+            shapes = f"its shape is {tuple(tensor.shape)}, not {tuple(wanted.shape)}"
+            raise SystemExit(f"error: {path} does not hold {what} (see {name}: {shapes}); {remedy}")
+        if not tensor.isfinite().all():
+            raise SystemExit(f"error: {path}: {name} holds NaN or infinite values; {remedy}")
+
+
 def load_tensors(path: str | Path, remedy: str) -> dict:
     """Reads a dictionary that torch.save wrote, on the CPU and as data: nothing in the file is run.
 
@@ -153,13 +187,9 @@ def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
     with torch.device("meta"):  # no memory is taken before the shapes have been compared
         netG = Generator(nz, ngf, image_size)
     expected = netG.state_dict()
-    for name in [*expected, *state]:
-        if name not in state or name not in expected or not isinstance(state[name], torch.Tensor):
-            raise SystemExit(f"error: {path} does not hold a DCGAN generator (see {name}); {remedy}")
-        if state[name].shape != expected[name].shape:
-            found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
-            raise SystemExit(f"error: {path}: {name} has shape {found}, expected {wanted}; {remedy}")
-        if not state[name].isfinite().all():
-            raise SystemExit(f"error: {path}: {name} holds NaN or infinite values; {remedy}")
+    check_tensors(state, expected, path, "a DCGAN generator", remedy)
+    extra = [name for name in state if name not in expected]
+    if extra:
+        raise SystemExit(f"error: {path} does not hold a DCGAN generator (see {extra[0]}); {remedy}")
     netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
     return netG.eval().requires_grad_(False)

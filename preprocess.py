@@ -400,7 +400,11 @@ def natural(minimum: int):
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every flag."""
+    """The module's docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        without = action.default is None or action.default is False
+        return action.help if without else super()._get_help_string(action)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -35,7 +35,6 @@ import network_128
 import preprocess
 from dataloader import (
     DataGenerater,
-    find_images,
     fingerprint,
     fits_in_memory,
     image_grid,
@@ -48,6 +47,7 @@ from dataloader import (
 from preprocess import atomic_write
 
 NETWORKS = {64: network, 128: network_128}
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
 # A narrow D: the full one soon tells drawn faces from generated ones too well for G to learn in so few steps.
@@ -151,17 +151,18 @@ def save_checkpoint(state: State, args: argparse.Namespace) -> None:
     """Everything that the next step depends on. The checkpoint before it stays until the new one is whole."""
     content = {name: part.state_dict() for name, part in state.parts().items()}
     content |= {"step": state.step, "totals": state.totals, "fixed": {name: getattr(args, name) for name in FIXED}}
-    with atomic_write(args.outdir / "checkpoint.pt", durable=True) as file:
+    newest, previous = (args.outdir / name for name in CHECKPOINTS)
+    with atomic_write(newest, durable=True) as file:
         torch.save(content, file)
         file.flush()
-        if (args.outdir / "checkpoint.pt").exists():
-            (args.outdir / "checkpoint.pt").replace(args.outdir / "checkpoint_previous.pt")
+        if newest.exists():
+            newest.replace(previous)
 
 
 def load_checkpoint(state: State, args: argparse.Namespace) -> None:
     """Puts the last whole checkpoint of --outdir into `state`. Raises SystemExit when there is none that fits."""
     problems = []
-    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+    for name in CHECKPOINTS:
         try:
             content = network.load_tensors(args.outdir / name, "leave out --resume to start anew in another --outdir")
             break
@@ -169,8 +170,9 @@ def load_checkpoint(state: State, args: argparse.Namespace) -> None:
             problems.append(str(problem))
     else:
         raise SystemExit(problems[0])
-    if problems and (args.outdir / "checkpoint.pt").exists():
-        print(f"warning: {args.outdir / 'checkpoint.pt'} is damaged: going on from {name}", file=sys.stderr)
+    newest = args.outdir / CHECKPOINTS[0]
+    if problems and newest.exists():
+        print(f"warning: {newest} is damaged: going on from {name}", file=sys.stderr)
     for flag, before in content.get("fixed", {}).items():
         if before != getattr(args, flag):
             what = "the number of training images" if flag == "images" else "--" + flag.replace("_", "-")
@@ -206,10 +208,10 @@ def read_log(path: Path, last_step: int) -> list[dict]:
 
 def open_outdir(args: argparse.Namespace):
     """Makes --outdir and locks it: the system lets go of the lock however this process ends."""
-    checkpoint = args.outdir / "checkpoint.pt"
-    if not args.resume and checkpoint.exists():
+    begun = any((args.outdir / name).exists() for name in CHECKPOINTS)
+    if begun and not args.resume:
         raise SystemExit(f"error: {args.outdir} holds a training; go on by --resume, or choose another --outdir")
-    if args.resume and not checkpoint.exists() and not (args.outdir / "checkpoint_previous.pt").exists():
+    if args.resume and not begun:
         raise SystemExit(f"error: --resume: there is no checkpoint in {args.outdir}; leave out --resume to start one")
     try:
         (args.outdir / "samples").mkdir(parents=True, exist_ok=True)
@@ -309,21 +311,6 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if device.type == "cpu" and fast else "fp32"
-
-
-def set_up_ranks(args: argparse.Namespace) -> tuple[torch.device, int, int]:
-    """(device, rank, number of processes): of torchrun where it started this process, else alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = network.pick_device(args.device)
-    if world_size == 1:
-        return device, 0, 1
-    if args.batch_size % world_size:
-        raise SystemExit(f"error: --batch-size {args.batch_size} cannot be shared by {world_size} processes evenly")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world_size
 
 
 def catch_signals() -> list[int]:
@@ -437,14 +424,18 @@ def main(argv: list[str] | None = None) -> None:
     root = args.dataroot / str(args.image_size) / "train"
     if args.demo and not root.is_dir():
         preprocess.main(["--demo", "2000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
-    paths = find_images(root)
-    args.images = len(paths)
+    dataset = DataGenerater(root, args.image_size)
+    args.images = len(dataset)
     if args.images < args.batch_size:
         raise SystemExit(f"error: {root} holds {args.images} images, fewer than --batch-size; lower that")
-    device, rank, world = set_up_ranks(args)
+    device = network.join_ranks(args.device)
+    rank, world = network.rank_and_world_size()
+    if args.batch_size % world:
+        raise SystemExit(f"error: --batch-size {args.batch_size} cannot be shared by {world} processes evenly")
     args.precision = pick_precision(args.precision, device)
     lock = open_outdir(args) if rank == 0 else None
-    dataset = DataGenerater(root, args.image_size, in_memory=fits_in_memory(args.images, args.image_size))
+    if fits_in_memory(args.images, args.image_size):
+        dataset.decode_all()
     state = make_state(args, device)
     try:
         if args.resume:
@@ -453,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = read_log(args.outdir / "log.jsonl", state.step)
             with atomic_write(args.outdir / "log.jsonl") as file:
                 file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-            save_args(args, device, fingerprint(paths, root))
+            save_args(args, device, fingerprint(dataset.paths, root))
         train(state, dataset, args, device, rank, world)
         if rank == 0:
             finish(args)

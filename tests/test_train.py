@@ -263,6 +263,26 @@ def test_another_run_is_never_overwritten(dataroot, tmp_path, run_script, refuse
     refused(run_script("train.py", *SMALL, *again, "--resume"), "checkpoint")
 
 
+def test_a_kill_between_two_checkpoints_leaves_a_run_that_is_not_overwritten(dataroot, tmp_path, run_script, refused):
+    """There the older checkpoint has its new name already, and the newer one none yet."""
+    run(dataroot, tmp_path / "run", "--epochs", 2)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    again = ["--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", "2"]
+    refused(run_script("train.py", *SMALL, *again), "--resume", tmp_path / "run")
+    run(dataroot, tmp_path / "run", "--epochs", 2, "--resume")
+
+
+def test_a_discriminator_that_has_won_is_told(tmp_path, capsys):
+    args = small_args("--outdir", str(tmp_path))
+    state = train.make_state(args, torch.device("cpu"))
+    for loss_d, told in ((0.5, False), (1e-4, True)):
+        state.step += 20
+        state.totals.copy_(20 * torch.tensor([loss_d, 5, 0.9, 0.1]))
+        with (tmp_path / "log.jsonl").open("a") as log:
+            row = train.log_row(state, args, 1, 20, [0, 0.0], log)
+        assert row["loss_d"] == pytest.approx(loss_d) and ("D has won" in capsys.readouterr().err) == told
+
+
 def test_two_trainings_in_one_folder(dataroot, tmp_path, run_script, refused):
     lock = train.open_outdir(small_args("--outdir", str(tmp_path / "run")))
     refused(run_script("train.py", *SMALL, "--dataroot", dataroot, "--outdir", tmp_path / "run"), "another training")
