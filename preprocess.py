@@ -349,7 +349,7 @@ def run(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, dict
         raise SystemExit("error: a worker process was killed (out of memory?); run the same command again, perhaps "
                          "with fewer --workers: what was written stays") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C too: the chunks in work are done within a second or so
 
 
 def summary(args: argparse.Namespace, photos: list[Photo], results: list, seconds: float) -> str:
@@ -440,8 +440,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         results = run(args, [photo for photo in photos if photo.todo and not photo.reason])
     except KeyboardInterrupt:
-        print("stopped: run the same command again to go on", file=sys.stderr, flush=True)
-        os._exit(130)  # not by SystemExit, which waits for the pool, and was seen to wait for ever; the workers end too
+        print("stopped: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         open_zip.cache_clear()
     seconds = time.perf_counter() - start
