@@ -9,6 +9,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -458,7 +459,10 @@ def running(tmp_path):
     """A run of two worker processes that has begun to write; and the worker processes' numbers."""
     command = [sys.executable, ROOT / "preprocess.py", "--demo", "5000", "--dataroot", tmp_path / "out"]
     command += ["--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite in a shell's background has SIGINT ignored, and hands that on: a user's terminal does not.
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=listening)
     while len(list(tmp_path.rglob("*.png"))) < 20:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
