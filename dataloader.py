@@ -9,6 +9,7 @@ Images stay uint8 until they are on the device: a quarter of the bytes to keep a
 """
 
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from preprocess import atomic_write
+from preprocess import atomic_write, printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHUNK = 256  # images that one task of the decoding threads takes: enough to hide the cost of a task
+
+
+class BadImage(SystemExit, Exception):
+    """One sentence on an image file. Also an Exception: DataLoader brings nothing else out of its processes."""
+
+    def __init__(self, message: str):  # which may be the traceback of such a process
+        super().__init__(message.splitlines()[-1].rpartition("BadImage: ")[2])
 
 
 def find_images(root: str | Path) -> list[Path]:
@@ -49,13 +57,14 @@ def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
 def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
     """The image at `path`, uint8 (3,H,W), RGB, resized to a square of `image_size` where it has another size.
 
-    Raises SystemExit naming the file when it cannot be read.
+    Raises BadImage naming the file when it cannot be read.
     """
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"error: {path} cannot be read ({error}); remove it or run preprocess.py again") from None
+        told = f"error: {printable(path)} cannot be read ({printable(error)})"
+        raise BadImage(f"{told}; remove it or run preprocess.py again") from None
     if image_size and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -66,7 +75,7 @@ class DataGenerater(Dataset):
 
     `image_size` None keeps the size of the files, which must then all be alike. With `in_memory`, or after
     decode_all(), all pixels are kept (3 S^2 bytes an image); otherwise files are read as they are asked for.
-    Raises SystemExit when a file is missing, cannot be read or has another size.
+    Raises SystemExit (of a single file: BadImage) when one is missing, cannot be read or has another size.
     """
 
     def __init__(self, root: str | Path, image_size: int | None = 64, in_memory: bool = False):
@@ -86,9 +95,9 @@ class DataGenerater(Dataset):
         image = read_image(self.paths[index], self.image_size if self.resize else None)
         if image.shape[1:] != (self.image_size, self.image_size):
             height, width = image.shape[1:]
-            raise SystemExit(
-                f"error: {self.paths[index]} is {width}x{height}, not {self.image_size}x{self.image_size} like the "
-                f"first image of {self.root}; give a folder of images of one square size"
+            raise BadImage(
+                f"error: {printable(self.paths[index])} is {width}x{height}, not {self.image_size}x{self.image_size} "
+                f"like the first image of {self.root}; give a folder of images of one square size"
             )
         return image
 
@@ -118,6 +127,24 @@ class DataGenerater(Dataset):
         self.images = images
 
 
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the data: of all pixels where they are in memory, or else of the files' names and sizes."""
+        if self.images is not None:
+            return hashlib.sha256(self.images.numpy()).hexdigest()
+        files = (f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n" for path in self.paths)
+        return hashlib.sha256("".join(files).encode(errors="surrogateescape")).hexdigest()
+
+
+def can_start_workers() -> bool:
+    """Whether processes can share memory and locks here: not so in a container without /dev/shm."""
+    try:
+        torch.zeros(1).share_memory_()
+        multiprocessing.Lock()
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
 def fits_in_memory(n: int, image_size: int) -> bool:
     """Whether `n` decoded images take less than half of this machine's memory (4 GiB where that is not told)."""
     try:
@@ -142,7 +169,8 @@ def make_loader(
 
     The order depends on (seed, epoch) alone, so that an epoch can be had again, or gone on with. Images that do not
     fill a batch are left out of this epoch. Each of `world_size` processes gets its own part of every batch.
-    `workers` processes read the files; they are of no use, and not started, where the images are in memory.
+    `workers` processes read the files; they are of no use, and not started, where the images are in memory, and
+    this process reads them where none can be started.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
     batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[first_batch:, rank::world_size]
@@ -150,7 +178,7 @@ def make_loader(
         dataset,
         batch_sampler=batches.tolist(),
         collate_fn=_as_it_is,
-        num_workers=workers if dataset.images is None else 0,
+        num_workers=workers if dataset.images is None and can_start_workers() else 0,
         pin_memory=pin_memory,
     )
 

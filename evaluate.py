@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: {path} exists; remove it or choose another name")
         if not path.parent.is_dir():
             raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
-    device = join_ranks(args.device, "gloo")  # which sends objects too
+    device = join_ranks(args.device)
     first = rank_and_world_size()[0] == 0
     netG = None if args.images else load_generator(args.params, device)
     size = netG.image_size if netG else resolution_of(args.images)

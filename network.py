@@ -10,7 +10,7 @@ PyTorch DCGAN tutorial, so that its weights load here.
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,10 @@ class Discriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid())
         self.apply(init_weights)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # In bf16 a probability above 0.998 rounds to 1, where BCELoss clamps its logarithm: sigmoid in fp32.
-        logits = self.main[:-1](images)
-        return self.main[-1](logits.float())
+    def forward(self, images: torch.Tensor, logits: bool = False) -> torch.Tensor:
+        """With `logits`, what the sigmoid is taken of: a loss of it keeps a gradient where a probability is 0 or 1."""
+        scores = self.main[:-1](images).float()  # in bf16 a probability above 0.998 would round to 1
+        return scores if logits else self.main[-1](scores)
 
 
 def count_blocks(image_size: int) -> int:
@@ -111,17 +111,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def join_ranks(name: str, backend: str | None = None) -> torch.device:
+def join_ranks(name: str) -> torch.device:
     """The device `name` of this process, alone or among those that torchrun started, which it joins.
 
-    They talk over NCCL on CUDA and gloo elsewhere, or over `backend`. Raises SystemExit as pick_device does.
+    They talk over NCCL about tensors on CUDA and over gloo about all others. Raises SystemExit as pick_device does.
     """
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -141,6 +141,19 @@ def check_tensors(state: dict, expected: dict, path: str | Path, what: str, reme
             raise SystemExit(f"error: {path} does not hold {what} (see {name}: {shapes}); {remedy}")
         if not tensor.isfinite().all():
             raise SystemExit(f"error: {path}: {name} holds NaN or infinite values; {remedy}")
+
+
+def nested_tensors(content: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with the keys that lead to it."""
+    pending, seen = [("", content)], set()
+    while pending:  # no recursion: a file may hold a dictionary that holds itself
+        name, value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(f"{name}.{key}".lstrip("."), item) for key, item in items]
 
 
 def load_tensors(path: str | Path, remedy: str) -> dict:
@@ -163,9 +176,9 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
         ) from None
     if not isinstance(content, dict):
         raise SystemExit(f"error: {path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
-    for name, tensor in content.items():
+    for name, tensor in nested_tensors(content):
         # A stride of 0 lets a file of a few bytes claim 2**40 elements: refuse it before anything copies it.
-        if isinstance(tensor, torch.Tensor) and tensor.nbytes > tensor.untyped_storage().nbytes():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise SystemExit(f"error: {path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
     return content
 
