@@ -517,19 +517,6 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path, convert):
     assert not old.exists() and fresh.exists()  # the fresh one may be another run's
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
-    ).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_full_disk(small_disk, run_script, refused, workers):
     done = run_script("preprocess.py", "--demo", 200, "--dataroot", small_disk, "--sizes", 64, "--workers", workers)

@@ -1,14 +1,17 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from kill_train import SMALL, assert_equal, assert_same_training, kill, load, start, wait_for
 from PIL import Image
 from torch import nn
 
@@ -17,7 +20,6 @@ import network
 import train
 from dataloader import DataGenerater, make_loader, to_float
 
-SMALL = ["--ngf", "4", "--ndf", "4", "--nz", "8", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
@@ -27,36 +29,6 @@ def small_args(*flags):
 
 def run(dataroot, outdir, *flags):
     train.main([*SMALL, "--dataroot", str(dataroot), "--outdir", str(outdir), *map(str, flags)])
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_equal(a, b):
-    """Bit by bit, through nested dictionaries and lists."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-def assert_same_training(one, other):
-    for name in ("generator.params", "generator_raw.params", "checkpoint.pt"):
-        assert_equal(load(one / name), load(other / name))
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, other)]
-    for rows in logs:
-        for row in rows:
-            del row["images_per_sec"]  # the one field that tells of the machine
-    assert logs[0] == logs[1]
 
 
 def test_20_steps_equal_a_plain_loop(dataroot):
@@ -179,6 +151,7 @@ def test_outputs(dataroot, tmp_path):
     Image.open(tmp_path / "run" / "losses.png").verify()
     facts = json.loads((tmp_path / "run" / "args.json").read_text())
     assert facts["seed"] == 0 and facts["torch"] == torch.__version__ and len(facts["data_sha256"]) == 64
+    assert facts.keys() >= {"python", "git_commit", "device_type", "device_name", "threads", "processes", "lr"}
 
 
 def test_resume_equals_no_interruption(dataroot, tmp_path):
@@ -188,32 +161,48 @@ def test_resume_equals_no_interruption(dataroot, tmp_path):
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(dataroot, outdir, *flags):
-    command = [sys.executable, ROOT / "train.py", *SMALL, "--dataroot", dataroot, "--outdir", outdir]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, command), *map(str, flags)], env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])
+def test_killed_training_goes_on_bit_for_bit(tmp_path, precision, processes, number):
+    """The short form of tests/kill_train.py, once, while a file is being written."""
+    torn = kill(tmp_path, 1, ["--epochs", 14, "--precision", precision], processes, number)
+    assert torn == (number == signal.SIGKILL)
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+def test_log_goes_on_without_what_came_after_the_checkpoint(tmp_path):
+    rows = [json.dumps({"step": step}) for step in (20, 40, 60)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 7']))
+    with checkpoint.continue_log(tmp_path, 45) as log:
+        log.write('{"step": 60}\n')
+    assert [row["step"] for row in checkpoint.read_log(tmp_path / "log.jsonl", 99)] == [20, 40, 60]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_training_goes_on_bit_for_bit(dataroot, tmp_path, number):
-    """In the middle of an epoch, and after half a row was written to the log."""
-    run(dataroot, tmp_path / "whole", "--epochs", 3)
-    process = start(dataroot, tmp_path / "killed", "--epochs", 3, "--checkpoint-every", 1)
-    wait_for(tmp_path / "killed" / "checkpoint.pt", process)
-    process.send_signal(number)
-    message = process.communicate()[1]
-    if number == signal.SIGTERM:
-        assert process.returncode == 143 and "--resume" in message
-    with (tmp_path / "killed" / "log.jsonl").open("a") as log:
-        log.write('{"step": 9')
-    run(dataroot, tmp_path / "killed", "--epochs", 3, "--resume")
-    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+def test_a_second_ctrl_c_stops_at_once(dataroot, tmp_path):
+    """In the middle of a step of some seconds, which the first one lets end."""
+    run(dataroot, tmp_path / "run", "--epochs", 1, "--ngf", 64, "--ndf", 64, "--batch-size", 40)
+    flags = ["--epochs", 99, "--ngf", 64, "--ndf", 64, "--batch-size", 40, "--resume"]
+    process = start(dataroot, tmp_path / "run", 1, *flags)
+    log = tmp_path / "run" / "log.jsonl"
+    rows = len(log.read_text().splitlines())
+    wait_for(lambda: len(log.read_text().splitlines()) > rows, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "stopped at" not in message
+
+
+def test_one_process_dies_and_the_other_ends(dataroot, tmp_path):
+    process = start(dataroot, tmp_path / "run", 2, "--epochs", 500)
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.skip("needs /proc")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(dataroot, tmp_path, capsys):
@@ -243,6 +232,159 @@ def test_nan_stops_it(dataroot, tmp_path, run_script, refused):
     refused(done, "diverged")
 
 
+def test_full_and_read_only_disk(dataroot, tmp_path, small_disk, run_script, refused):
+    """One sentence, and what was there goes on once there is room again."""
+    run(dataroot, tmp_path / "whole", "--epochs", 3)
+    run(dataroot, small_disk / "run", "--epochs", 1)
+    again = ["--dataroot", dataroot, "--outdir", small_disk / "run", "--epochs", 3, "--resume"]
+    kept = (small_disk / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    refused(run_script("train.py", *SMALL, *again), "cannot write", small_disk / "run", "No space left", "free some")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(run_script("train.py", *SMALL, *again), "cannot write", small_disk / "run", "Read-only")
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert (small_disk / "run" / "checkpoint.pt").read_bytes() == kept
+    (small_disk / "filler").unlink()
+    run(*again[1:4:2], "--epochs", 3, "--resume")
+    assert_same_training(tmp_path / "whole", small_disk / "run")
+
+
+def test_files_read_by_processes_give_the_same_faces(dataroot, tmp_path, monkeypatch):
+    """Where the images do not fit in memory; one that is damaged is named."""
+    run(dataroot, tmp_path / "memory", "--epochs", 1)
+    monkeypatch.setattr(train, "fits_in_memory", lambda *_: False)
+    run(dataroot, tmp_path / "files", "--epochs", 1, "--workers", 2)
+    name = "generator_raw.params"
+    assert_equal(load(tmp_path / "memory" / name), load(tmp_path / "files" / name))
+    shutil.copytree(dataroot, tmp_path / "data")
+    damaged = sorted((tmp_path / "data" / "64" / "train").iterdir())[7]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "data", tmp_path / f"damaged {workers}", "--workers", workers)
+        assert f"error: {damaged} cannot be read" in str(stop.value) and "\n" not in str(stop.value)
+
+
+SPAWNED = """
+import multiprocessing, sys
+sys.path.insert(0, {root!r})
+import train
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    train.fits_in_memory = lambda *_: False
+    train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("inside", ["", "mount -t tmpfs -o ro tmpfs /dev/shm &&"])
+def test_spawned_processes_and_none_where_there_is_no_shared_memory(dataroot, tmp_path, inside):
+    """As Windows starts processes; and as in many containers, where semaphores cannot be made."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("needs the right to unshare")
+    script = tmp_path / "é spawned.py"
+    script.write_text(SPAWNED.format(root=str(ROOT)))
+    command = ["unshare", "--mount", "sh", "-c", f'{inside} exec "$@"', "sh", sys.executable, script, *SMALL]
+    command += ["--dataroot", dataroot, "--outdir", "ein Ordner", "--epochs", "1", "--workers", "1"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "ein Ordner" / "generator.params").exists(), done.stderr
+
+
+def test_read_only_checkout(dataroot, tmp_path, small_disk):
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    command = [sys.executable, small_disk / "train.py", *SMALL, "--dataroot", dataroot, "--epochs", "1"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "runs" / "64" / "generator.params").exists(), done.stderr
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("open('boom', 'w')",))
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("netG", Bomb(), "damaged"),
+    ("netG", {}, "loading state_dict"),
+    ("netD", {"main.0.weight": torch.zeros(1).expand(2**20, 2**20)}, "claims"),
+    ("average", {"main.0.weight": torch.zeros(3)}, "loading state_dict"),
+    ("optG", {"state": {}, "param_groups": []}, "param"),
+    ("optD", {"state": 7}, "not a checkpoint"),
+    ("step", "many", "not a checkpoint"),
+    ("step", -1, "not a checkpoint"),
+    ("totals", torch.full((4,), float("nan")), "NaN"),
+    ("fixed", None, "not a checkpoint"),
+])
+def test_checkpoints_from_anywhere(dataroot, tmp_path, monkeypatch, trained, name, value, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint_previous.pt").unlink()
+    content = load(trained / "checkpoint.pt")
+    torch.save(content | {name: value}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=words) as stop:
+        run(dataroot, "run", "--epochs", 3, "--resume")
+    assert str(stop.value).startswith("error: run/checkpoint.pt") and "\n" not in str(stop.value)
+    assert not Path("boom").exists()
+
+
+def test_moments_and_weights_of_a_checkpoint_are_checked(dataroot, tmp_path, trained):
+    for change, words in (
+        (lambda content: content["optG"]["state"][0].update(exp_avg=torch.zeros(3)), "moments"),
+        (lambda content: content["netD"]["main.0.weight"].fill_(float("nan")), "NaN"),
+        (lambda content: content["optD"]["state"][2]["exp_avg_sq"].fill_(float("inf")), "infinite"),
+    ):
+        shutil.copytree(trained, tmp_path / words)
+        content = load(trained / "checkpoint.pt")
+        change(content)
+        torch.save(content, tmp_path / words / "checkpoint.pt")
+        with pytest.raises(SystemExit, match=words):
+            run(dataroot, tmp_path / words, "--epochs", 3, "--resume")
+
+
+@pytest.fixture(scope="module")
+def trained(dataroot, tmp_path_factory):
+    """A finished training of two epochs."""
+    outdir = tmp_path_factory.mktemp("trained") / "run"
+    run(dataroot, outdir, "--epochs", 2)
+    return outdir
+
+
+def test_out_of_memory_says_what_to_lower(dataroot, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
+        run(dataroot, tmp_path / "run")
+
+
+def test_resume_with_other_images_is_refused(dataroot, tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(dataroot, tmp_path / "data")
+    one, other = sorted((tmp_path / "data" / "64" / "train").iterdir())[:2]
+    shutil.copy(one, other)
+    with pytest.raises(SystemExit, match="training images are others"):
+        run(tmp_path / "data", tmp_path / "run", "--epochs", 3, "--resume")
+
+
+def test_no_checkpoint_once_a_loss_is_no_number(dataroot, tmp_path, trained, monkeypatch):
+    """Also between two rows of the log: the last good checkpoint stays, and is named."""
+    shutil.copytree(trained, tmp_path / "run")
+    step = train.train_step
+
+    def diverge(state, *rest):
+        step(state, *rest)
+        state.totals += float("nan")
+
+    monkeypatch.setattr(train, "train_step", diverge)
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit, match="near step 11: .*last good checkpoint is .*checkpoint.pt"):
+        run(dataroot, tmp_path / "run", "--epochs", 3, "--checkpoint-every", 1, "--resume")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--dataroot", "nowhere"), ["nowhere", "preprocess.py"]),
     (("--batch-size", "1000"), ["--batch-size"]),
@@ -260,6 +402,10 @@ def test_another_run_is_never_overwritten(dataroot, tmp_path, run_script, refuse
     again = ["--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", "1"]
     refused(run_script("train.py", *SMALL, *again), "--resume", tmp_path / "run")
     refused(run_script("train.py", *SMALL, *again, "--resume", "--lr", "0.1"), "--lr", "0.0002")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    run(dataroot, tmp_path / "run", "--epochs", 1, "--resume")  # nothing is left to do
+    for path in (tmp_path / "run").rglob("*.p*"):
+        assert path.read_bytes() == before[path], path
     for name in ("checkpoint.pt", "checkpoint_previous.pt"):
         (tmp_path / "run" / name).write_bytes(b"no checkpoint")
     refused(run_script("train.py", *SMALL, *again, "--resume"), "checkpoint")
