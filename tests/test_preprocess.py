@@ -519,6 +519,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path, convert):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_full_disk(small_disk, run_script, refused, workers):
+    (small_disk / "filler").write_bytes(bytes(1_800_000))
     done = run_script("preprocess.py", "--demo", 200, "--dataroot", small_disk, "--sizes", 64, "--workers", workers)
     refused(done, "cannot write", "No space left", "free some space")
     assert not list(small_disk.rglob("*.tmp"))
