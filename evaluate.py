@@ -17,7 +17,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,6 +144,33 @@ def side_of_generator(netG: Generator, seeds: range, net, facts: dict, args: arg
     """Statistics of the faces of `seeds`, which are never written to the disk."""
     faces = sample(netG, my_share(seeds), args.batch_size)
     return facts | measure(faces, net, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+
+
+def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Callable[[Generator], float]:
+    """For use in a training: a function that gives a generator's FID against the test split.
+
+    `flags` are those of this script; of them --num is how many faces, and as many real images, are compared: 1,000
+    where it is left out. Raises SystemExit as main() does, before anything is trained.
+    """
+    args = parse_args(flags)
+    net, facts = load_net(args, device, image_size)
+    folder = args.real or args.dataroot / str(image_size) / "test"
+    num = min(args.num or 1000, len(find_images(folder)))
+    real = side_of_folder(folder, net, facts, args, num)
+
+    def score(netG: Generator) -> float:
+        fake = side_of_generator(netG, range(args.seed, args.seed + num), net, facts, args)
+        return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+
+    return score
+
+
+def load_net(args: argparse.Namespace, device: torch.device, image_size: int | None) -> tuple[torch.nn.Module, dict]:
+    """Inception and the facts that tell its numbers from others; the first process downloads, the others wait."""
+    first = rank_and_world_size()[0] == 0
+    weights = args.weights or gather(find_weights(args.inception) if first else None)[0]
+    net, facts = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
+    return net, facts | {"version": VERSION} | ({"resolution": image_size} if image_size else {})
 
 
 def refuse_unlike(stats: dict, facts: dict, path: Path) -> None:
@@ -321,9 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: --neighbours needs a folder train beside {real_path}; give another --real")
     net, facts = None, {}
     if any(path is None or path.suffix != ".npz" for path in (real_path, args.images)):
-        args.weights = args.weights or gather(find_weights(args.inception) if first else None)[0]
-        net, facts = load_inception(args.inception, args.dims, args.weights, device, args.resize, args.precision)
-        facts |= {"version": VERSION} | ({"resolution": size} if size else {})
+        net, facts = load_net(args, device, size)
 
     real = side_of_path(real_path, net, facts, args)
     num = args.num or real.get("n", 10_000)

@@ -8,7 +8,7 @@
 
 Writes into --outdir: generator.params (the average of the generator, what you want), generator_raw.params (its last
 iterate), checkpoint.pt and checkpoint_previous.pt, log.jsonl, losses.png, args.json, samples/ (a grid an epoch) and
-training.gif.
+training.gif; with --eval-every also generator_best.params (the average that had the lowest FID) and fid.png.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -40,6 +41,7 @@ from checkpoint import (
     save_args,
     save_checkpoint,
     save_params,
+    save_tensors,
 )
 from dataloader import (
     DataGenerater,
@@ -136,12 +138,12 @@ def save_samples(state: State, args: argparse.Namespace, epoch: int, device: tor
     save_image(image_grid(faces), args.outdir / "samples" / f"epoch_{epoch:03d}.png")
 
 
-def plot_losses(rows: list[dict], path: Path) -> None:
-    """A picture of both losses against images seen."""
+def plot(rows: list[dict], colours: dict[str, str], path: Path) -> None:
+    """A picture of the fields `colours` of `rows` against images seen."""
     width, height, margin = 900, 420, 50
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    top = max([row[name] for row in rows for name in ("loss_d", "loss_g")] + [1e-9])
+    top = max([row[name] for row in rows for name in colours] + [1e-9])
     last = max(row["images_seen"] for row in rows)
     for i in range(5):
         y = height - margin - i / 4 * (height - 2 * margin)
@@ -150,15 +152,10 @@ def plot_losses(rows: list[dict], path: Path) -> None:
         x = margin + i / 4 * (width - 2 * margin)
         draw.text((x - 20, height - margin + 8), f"{last * i / 4:,.0f}", "black")
     draw.text((width // 2 - 40, height - 22), "real images seen", "black")
-    for i, (name, colour) in enumerate({"loss_d": "#1f77b4", "loss_g": "#d62728"}.items()):
-        points = [
-            (
-                margin + row["images_seen"] / last * (width - 2 * margin),
-                height - margin - row[name] / top * (height - 2 * margin),
-            )
-            for row in rows
-        ]
-        draw.line(points, colour, 2, joint="curve")
+    for i, (name, colour) in enumerate(colours.items()):
+        xs = [margin + row["images_seen"] / last * (width - 2 * margin) for row in rows]
+        ys = [height - margin - row[name] / top * (height - 2 * margin) for row in rows]
+        draw.line(list(zip(xs, ys)), colour, 2, joint="curve")
         draw.text((margin + 10 + 90 * i, 18), name, colour)
     save_image(picture, path)
 
@@ -166,7 +163,10 @@ def plot_losses(rows: list[dict], path: Path) -> None:
 def finish(args: argparse.Namespace) -> None:
     """The pictures of a whole training, and what to do next."""
     rows = read_log(args.outdir / "log.jsonl", sys.maxsize)
-    plot_losses(rows, args.outdir / "losses.png")
+    plot(rows, {"loss_d": "#1f77b4", "loss_g": "#d62728"}, args.outdir / "losses.png")
+    measured = [row for row in rows if "fid" in row]
+    if measured:
+        plot(measured, {"fid": "#2ca02c"}, args.outdir / "fid.png")
     grids = [Image.open(path).convert("RGB") for path in sorted((args.outdir / "samples").glob("epoch_*.png"))]
     save_animation(grids, args.outdir / "training.gif", milliseconds=400)
     print(f"\ntrained: {args.outdir / 'generator.params'}; look at {args.outdir / 'samples'}; next:")
@@ -209,9 +209,10 @@ def agree_on_signal(caught: list[int]) -> int:
     return int(number)
 
 
-def log_row(state: State, args: argparse.Namespace, epoch: int, steps: int, since: list, file) -> dict:
+def log_row(
+    state: State, args: argparse.Namespace, epoch: int, steps: int, since: list, file, fid: float | None = None
+) -> dict:
     """Appends a row, means over the last `steps`, to log.jsonl, and warns where D has won."""
-    refuse_divergence(state, args)
     now = time.perf_counter()
     means = (state.totals / steps).tolist()
     state.totals.zero_()
@@ -219,7 +220,7 @@ def log_row(state: State, args: argparse.Namespace, epoch: int, steps: int, sinc
     since[:] = state.step, now
     row = {"step": state.step, "epoch": epoch, "images_seen": state.step * args.batch_size}
     row |= {name: round(mean, 6) for name, mean in zip(("loss_d", "loss_g", "d_real", "d_fake"), means)}
-    row |= {"images_per_sec": round(speed, 1)}
+    row |= {"images_per_sec": round(speed, 1)} | ({} if fid is None else {"fid": round(fid, 4)})
     if file and row["loss_d"] < 1e-3:
         tqdm.write(
             f"warning: D has won at step {state.step} (loss {row['loss_d']:.1e}): G learns next to nothing from it; "
@@ -246,8 +247,11 @@ def last_checkpoint(args: argparse.Namespace) -> str:
     return f"the last good checkpoint is {newest}" if newest.exists() else "there is no checkpoint yet"
 
 
-def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device: torch.device, log) -> None:
-    """The loop: from state.step to the end of --epochs. `log` is None in all processes but the first."""
+def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device: torch.device, log, score) -> None:
+    """The loop: from state.step to the end of --epochs. `log` is None in all processes but the first.
+
+    `score` gives the FID of a generator, every --eval-every epochs.
+    """
     rank, world = network.rank_and_world_size()
     caught, steps_per_epoch = catch_signals(world), len(dataset) // args.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -263,7 +267,9 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
             if done % LOG_EVERY == 0 or last:
-                row = log_row(state, args, epoch + 1, (done - 1) % LOG_EVERY + 1, since, log)
+                refuse_divergence(state, args)
+                fid = measure_fid(state, args, score, since) if last and due(epoch + 1, args) else None
+                row = log_row(state, args, epoch + 1, (done - 1) % LOG_EVERY + 1, since, log, fid)
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in list(row)[3:]})
             if last or number or (args.checkpoint_every and state.step % args.checkpoint_every == 0):
                 refuse_divergence(state, args)
@@ -274,6 +280,21 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
                     told = f"\nstopped at step {state.step}; go on with --resume --outdir {args.outdir}"
                     print(told, file=sys.stderr)
                 sys.exit(128 + number)
+
+
+def due(epoch: int, args: argparse.Namespace) -> bool:
+    return args.eval_every > 0 and (epoch % args.eval_every == 0 or epoch == args.epochs)
+
+
+def measure_fid(state: State, args: argparse.Namespace, score, since: list) -> float:
+    """The FID of the average. Where no earlier one in the log is as low, the average becomes generator_best.params."""
+    before = time.perf_counter()
+    fid = score(state.average)
+    since[1] += time.perf_counter() - before  # images_per_sec is the training's
+    best = min([row["fid"] for row in read_log(args.outdir / "log.jsonl", state.step) if "fid" in row], default=fid)
+    if fid <= best and network.rank_and_world_size()[0] == 0:
+        save_tensors(state.average.state_dict(), args.outdir / "generator_best.params")
+    return fid
 
 
 def save(state: State, args: argparse.Namespace, log, epoch: int, device: torch.device) -> None:
@@ -306,6 +327,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--deterministic", action="store_true", help="the same bits from the same seed on a GPU too, at some speed")
     add("--checkpoint-every", type=natural(0), default=0, help="steps between checkpoints; 0: after each epoch only")
+    add("--eval-every", type=natural(0), default=0, metavar="N", help="epochs between FIDs of the average; 0: none")
+    add("--eval-flags", default="", help='of evaluate.py, for these: "--inception tf2015 --num 2000"')
     add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
     add("--demo", action="store_true", help="draw faces if need be, and train on them for some minutes")
     args = parser.parse_args(argv)
@@ -352,14 +375,19 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
         dataset.decode_all()
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
     torch.use_deterministic_algorithms(args.deterministic)
-    state, log = make_state(args, device), None
+    state, log, score = make_state(args, device), None, None
+    if args.eval_every:
+        from evaluate import make_scorer  # torchvision and SciPy take seconds to import
+
+        flags = ["--dataroot", str(args.dataroot), *shlex.split(args.eval_flags)]
+        score = make_scorer(flags, args.image_size, device)
     try:
         if args.resume:
             load_checkpoint(state, args)
         if rank == 0:
             log = continue_log(args.outdir, state.step)
             save_args(args, device, world)
-        train(state, dataset, args, device, log)
+        train(state, dataset, args, device, log, score)
         if rank == 0:
             finish(args)
     finally:

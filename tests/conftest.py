@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models.inception import Inception3
 
 import preprocess
 
@@ -61,3 +63,25 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def random_inception(tf2015):
+    """A network with the names and shapes of the real files, and features that vary."""
+    torch.manual_seed(0)
+    net = Inception3(aux_logits=not tf2015, init_weights=False, num_classes=1008 if tf2015 else 1000)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.02, 0.1)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of Inception weights as pytorch-fid's is."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(random_inception(tf2015=True).state_dict(), path)
+    return path

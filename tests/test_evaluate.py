@@ -9,17 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_inception import random_inception
 
 import evaluate
 import network
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(random_inception(tf2015=True).state_dict(), path)
-    return path
 
 
 @pytest.fixture

@@ -3,37 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_inception
 from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
-from torchvision.models.inception import Inception3
 
 import inception
 import network
 
 REAL_WEIGHTS = ROOT.parent / "shared" / "weights" / "inception_2015-12-05_half.pth"
-
-
-def random_inception(tf2015):
-    """A network with the names and shapes of the real files, and features that vary."""
-    torch.manual_seed(0)
-    net = Inception3(aux_logits=not tf2015, init_weights=False, num_classes=1008 if tf2015 else 1000)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.02, 0.1)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return net.eval()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(random_inception(tf2015=True).state_dict(), path)
-    return path
 
 
 def close(a, b):

@@ -154,6 +154,25 @@ def test_outputs(dataroot, tmp_path):
     assert facts.keys() >= {"python", "git_commit", "device_type", "device_name", "threads", "processes", "lr"}
 
 
+def test_fid_is_measured_and_the_best_average_kept(dataroot, tmp_path, weights):
+    """Also across an interruption; --eval-every touches nothing else of a training."""
+    flags = ["--eval-every", 1, "--eval-flags", f"--inception tf2015 --dims 64 --num 3 --weights '{weights}'"]
+    run(dataroot, tmp_path / "plain", "--epochs", 3)
+    run(dataroot, tmp_path / "run", "--epochs", 2, *flags)
+    run(dataroot, tmp_path / "run", "--epochs", 3, *flags, "--resume")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    fids = {row["epoch"]: row["fid"] for row in rows if "fid" in row}
+    assert list(fids) == [1, 2, 3] and len(set(fids.values())) == 3
+    best = min(fids, key=fids.get)
+    run(dataroot, tmp_path / "until best", "--epochs", best)
+    for mine, plain in (("generator_best.params", "until best"), ("generator.params", "plain")):
+        assert_equal(load(tmp_path / "run" / mine), load(tmp_path / plain / "generator.params"))
+    with Image.open(tmp_path / "run" / "fid.png") as picture:
+        assert picture.size == (900, 420)
+    with pytest.raises(SystemExit, match="--weights nowhere does not exist"):
+        run(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
+
+
 def test_resume_equals_no_interruption(dataroot, tmp_path):
     run(dataroot, tmp_path / "whole", "--epochs", 2)
     run(dataroot, tmp_path / "parts", "--epochs", 1)
