@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import PIL
 import torch
 from torch import nn
 
@@ -48,6 +50,8 @@ def open_outdir(args: argparse.Namespace):
     begun = any((args.outdir / name).exists() for name in CHECKPOINTS)
     if begun and not args.resume:
         raise SystemExit(f"error: {outdir} holds a training; go on by --resume, or choose another --outdir")
+    if not begun and (args.outdir / "generator.params").exists():
+        raise SystemExit(f"error: {outdir} holds the generator.params of another training; choose another --outdir")
     if args.resume and not begun:
         raise SystemExit(f"error: --resume: there is no checkpoint in {outdir}; leave out --resume to start one")
     try:
@@ -167,7 +171,8 @@ def save_args(args: argparse.Namespace, device: torch.device, world: int) -> Non
     """args.json: everything that goes into the result."""
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     facts |= {"device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
-    facts |= {"torch": torch.__version__, "python": platform.python_version(), "git_commit": git_commit()}
+    facts |= {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    facts |= {"python": platform.python_version(), "git_commit": git_commit()}
     facts |= {"device_type": device.type, "threads": torch.get_num_threads(), "processes": world}
     with atomic_write(args.outdir / "args.json") as file:
         file.write(json.dumps(facts, indent=2).encode())

@@ -67,7 +67,7 @@ def measure(batches: Iterable[torch.Tensor], net: torch.nn.Module, total: int, l
                 moments.add(features[-1])
                 bar.update(len(batch))
         except torch.OutOfMemoryError:
-            raise SystemExit("error: the GPU's memory is full; lower --batch-size") from None
+            raise SystemExit("error: the device is out of memory; lower --batch-size") from None
     shares = gather((moments, features))
     moments, features = Moments(), []
     for theirs, chunks in shares:

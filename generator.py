@@ -32,8 +32,11 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Gene
 
 @torch.inference_mode()
 def draw(netG: Generator, z: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1)."""
-    return to_uint8(netG(z.to(next(netG.parameters()).device))).cpu().contiguous()
+    """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1). Raises SystemExit when the device's memory is full."""
+    try:
+        return to_uint8(netG(z.to(next(netG.parameters()).device))).cpu().contiguous()
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: the device is out of memory; lower --batch-size") from None
 
 
 def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iterator[torch.Tensor]:

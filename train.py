@@ -345,6 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = network.rank_and_world_size()
     try:
         run(args, device, rank, world)
+    except KeyboardInterrupt:  # before the first step, or after the last: nothing is lost
+        raise SystemExit(130) from None
     except OSError as error:
         raise preprocess.cannot_write(Path(error.filename or args.outdir), error) from None
     except RuntimeError as error:
@@ -375,6 +377,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
         dataset.decode_all()
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
     torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic  # tries its algorithms once: shapes never change
     state, log, score = make_state(args, device), None, None
     if args.eval_every:
         from evaluate import make_scorer  # torchvision and SciPy take seconds to import

@@ -68,3 +68,14 @@ def test_nothing_is_overwritten_unasked(params, run_script, refused):
 ])
 def test_bad_input(params, run_script, refused, flags, words):
     refused(run_script("generator.py", "--params", params, *flags), *words)
+
+
+def test_out_of_memory_says_what_to_lower(params, monkeypatch):
+    netG = generator.load_generator(params)
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(netG, "forward", full)
+    with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
+        generator.draw(netG, network.latents([0], 16))

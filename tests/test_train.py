@@ -428,6 +428,9 @@ def test_another_run_is_never_overwritten(dataroot, tmp_path, run_script, refuse
     for name in ("checkpoint.pt", "checkpoint_previous.pt"):
         (tmp_path / "run" / name).write_bytes(b"no checkpoint")
     refused(run_script("train.py", *SMALL, *again, "--resume"), "checkpoint")
+    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+        (tmp_path / "run" / name).unlink()
+    refused(run_script("train.py", *SMALL, *again), "generator.params", "--outdir")
 
 
 def test_a_kill_between_two_checkpoints_leaves_a_run_that_is_not_overwritten(dataroot, tmp_path, run_script, refused):
