@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dataloader import image_grid, save_animation, save_image, to_uint8
 from network import Generator, generator_from_state_dict, latents, load_tensors, pick_device
-from preprocess import Formatter, natural
+from preprocess import PNG, Formatter, natural
 
 FRAMES = 24  # of the morph from one seed to the next
 
@@ -49,7 +49,7 @@ def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Pa
     """One PNG a seed. Threads encode one batch, outside the interpreter's lock, while the next is drawn."""
 
     def save(seed: int, image: torch.Tensor) -> None:
-        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), compress_level=1)
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
 
     pending = []
     with ThreadPoolExecutor() as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:

@@ -45,6 +45,8 @@ from demo_faces import draw_face
 SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
 # Decoders that are fast, run no other program and know an image's size before they decode it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Level 1 with zlib's Z_RLE: a third of the default's time at 128x128, for 2 % more bytes.
+PNG = {"compress_level": 1, "compress_type": 3}
 MAX_PIXELS = 50_000_000  # decodes in under 5 s and 1 GiB in every format
 MAX_BYTES = 2**28
 
@@ -318,7 +320,7 @@ def process(args: argparse.Namespace, photo: Photo) -> tuple[dict[int, str], str
         face = crop.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
         try:
             with atomic_write(args.dataroot / str(size) / photo.split / f"{photo.name}.png") as file:
-                face.save(file, "PNG", compress_level=1)  # at 128 a third of the default's time for 5% more bytes
+                face.save(file, "PNG", **PNG)
         except SystemExit as stop:
             if getattr(stop.__cause__, "errno", None) != errno.ENAMETOOLONG:
                 raise
