@@ -61,12 +61,12 @@ def assert_same_training(one, other):
 
 
 def start(dataroot: Path, outdir: Path, processes: int, *flags) -> subprocess.Popen:
-    """A training of one process, or of `processes` under torchrun, in a process group of its own."""
+    """A training of one process, or of `processes` under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     command = [sys.executable, *torchrun, TRAIN, *SMALL, "--dataroot", dataroot, "--outdir", outdir, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], env=environment, start_new_session=True, text=True, **pipes)
+    return subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes)
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:
@@ -78,8 +78,18 @@ def wait_for(happened, process: subprocess.Popen) -> None:
 
 def stamp(outdir: Path) -> int:
     """Changes with each new checkpoint."""
-    newest = outdir / "checkpoint.pt"
-    return newest.stat().st_mtime_ns if newest.exists() else 0
+    try:
+        return (outdir / "checkpoint.pt").stat().st_mtime_ns
+    except FileNotFoundError:  # none yet, or between two
+        return 0
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """kill -9 of the process and of those that it has started: torchrun gives each a group of its own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    for number in (process.pid, *map(int, workers)):
+        os.kill(number, signal.SIGKILL)
 
 
 def kill_at_random(process: subprocess.Popen, outdir: Path, number: int, while_writing: bool, rng: random.Random):
@@ -90,7 +100,7 @@ def kill_at_random(process: subprocess.Popen, outdir: Path, number: int, while_w
     if while_writing:
         wait_for(lambda: any(outdir.rglob(".*.tmp")), process)
     if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
+        kill_all(process)
     else:
         process.send_signal(number)  # torchrun hands it on
     return process.communicate(timeout=60)[1]

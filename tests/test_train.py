@@ -233,13 +233,14 @@ def test_one_process_dies_and_the_other_ends(dataroot, tmp_path):
     wait_for((tmp_path / "run" / "checkpoint.pt").exists, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
         pytest.skip("needs /proc")
-    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    dies, other = map(int, children.read_text().split())
+    os.kill(dies, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode not in (0, None)
-    with pytest.raises(ProcessLookupError):  # nobody of the group is left
-        os.killpg(process.pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(dataroot, tmp_path, capsys):
