@@ -367,6 +367,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
     root = args.dataroot / str(args.image_size) / "train"
     if args.demo and not root.is_dir() and rank == 0:
         preprocess.main(["--demo", "2000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
+    if dist.is_initialized():
+        dist.barrier()  # the others wait for the faces
     dataset = DataGenerater(root, args.image_size)
     if len(dataset) < args.batch_size:
         raise SystemExit(f"error: {root} holds {len(dataset)} images, fewer than --batch-size; lower that")
