@@ -12,7 +12,6 @@ import hashlib
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from preprocess import atomic_write, printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CHUNK = 256  # images that one task of the decoding threads takes: enough to hide the cost of a task
+CHUNK = 128  # images that a decoding process hands over at a time
 
 
 class BadImage(SystemExit, Exception):
@@ -109,23 +108,16 @@ class DataGenerater(Dataset):
 
     def decode_all(self) -> None:
         """Decodes every file once, with all cores, and keeps the pixels from then on."""
-        # Threads: Pillow decodes outside the interpreter's lock, and nothing has to be copied between processes.
+        # Processes: Pillow holds the interpreter's lock while it decodes, so that threads take turns.
+        several = len(self) > 8 * CHUNK and can_start_workers()
+        workers = min(os.cpu_count(), 16) if several else 0
+        loader = DataLoader(self, CHUNK, collate_fn=_as_it_is, num_workers=workers)
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
-
-        def decode(start: int) -> int:
-            stop = min(start + CHUNK, len(self))
-            for index in range(start, stop):
-                images[index] = self[index]
-            return stop - start
-
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None) as bar,
-        ):
-            for count in pool.map(decode, range(0, len(self), CHUNK)):
-                bar.update(count)
+        with tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None) as bar:
+            for part, batch in zip(images.split(CHUNK), loader):
+                part.copy_(batch)
+                bar.update(len(batch))
         self.images = images
-
 
     def sha256(self) -> str:
         """SHA-256 (hex) of the data: of all pixels where they are in memory, or else of the files' names and sizes."""

@@ -51,13 +51,12 @@ def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Pa
     def save(seed: int, image: torch.Tensor) -> None:
         save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
 
-    pending = []
+    pending, left = [], iter(seeds)
     with ThreadPoolExecutor() as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
         for images in batches:
             for done in pending:
                 done.result()
-            start = bar.n
-            pending = [pool.submit(save, seed, image) for seed, image in zip(seeds[start:], images)]
+            pending = [pool.submit(save, seed, image) for image, seed in zip(images, left)]
             bar.update(len(images))
         for done in pending:
             done.result()

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dataloader
 from dataloader import DataGenerater, find_images, fingerprint, image_grid, make_loader, to_float, to_uint8
 
 
@@ -53,6 +54,16 @@ def test_fingerprint_sees_a_change(tmp_path):
     assert before == fingerprint(paths, tmp_path)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     assert fingerprint(paths, tmp_path) != before != fingerprint(paths[:1], tmp_path)
+
+
+@pytest.mark.parametrize("chunk", [256, 2])
+def test_decoding_keeps_the_order(dataroot, monkeypatch, chunk):
+    """In this process, and in several: those start where there are more than 8 chunks."""
+    monkeypatch.setattr(dataloader, "CHUNK", chunk)
+    files, memory = (DataGenerater(dataroot / "64" / "train", 64, in_memory=keep) for keep in (False, True))
+    assert memory.images.shape == (len(files), 3, 64, 64)
+    for index in range(len(files)):
+        assert torch.equal(files[index], memory[index])
 
 
 def test_grid_keeps_pixels():

@@ -39,6 +39,18 @@ def test_files(params, tmp_path):
         assert animation.n_frames > 100 and animation.size == (68, 68)
 
 
+def test_faces_of_many_batches_have_their_own_names(params, tmp_path):
+    """Without a terminal too, where tqdm counts nothing."""
+    flags = ["--params", str(params), "--seeds", "3-9", "--batch-size", "2"]
+    generator.main([*flags, "--outdir", str(tmp_path / "faces")])
+    assert len(list((tmp_path / "faces").iterdir())) == 7
+    netG = generator.load_generator(params)
+    for seed in range(3, 10):
+        face = next(generator.sample(netG, [seed]))[0].permute(1, 2, 0).numpy()
+        written = np.asarray(Image.open(tmp_path / "faces" / f"{seed:08d}.png"))
+        assert abs(written.astype(int) - face).max() <= 1, seed
+
+
 def test_interpolation_passes_through_its_seeds_and_keeps_the_length():
     z = network.latents(range(3))
     path = generator.interpolate(z, frames=10)
