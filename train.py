@@ -58,7 +58,7 @@ NETWORKS = {64: network, 128: network_128}
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
 # A narrow D: the full one soon tells drawn faces from generated ones too well for G to learn in so few steps.
-DEMO |= {"ndf": 32, "batch_size": 32, "epochs": 6, "ema": 0.99}
+DEMO |= {"ndf": 32, "batch_size": 16, "epochs": 6, "ema": 0.99}
 
 
 def make_state(args: argparse.Namespace, device: torch.device) -> State:
