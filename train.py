@@ -392,6 +392,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
         if rank == 0:
             log = continue_log(args.outdir, state.step)
             save_args(args, device, world)
+            if not args.resume:
+                save_checkpoint(state, args)  # from here on --resume has something to go on from
         train(state, dataset, args, device, log, score)
         if rank == 0:
             finish(args)

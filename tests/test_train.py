@@ -452,6 +452,27 @@ def test_another_run_is_never_overwritten(dataroot, tmp_path, run_script, refuse
     refused(run_script("train.py", *SMALL, *again), "generator.params", "--outdir")
 
 
+def test_a_kill_in_the_first_epoch_can_be_resumed(dataroot, tmp_path, monkeypatch):
+    """Also once generator.params is there and the checkpoint of that epoch is not yet."""
+    run(dataroot, tmp_path / "whole", "--epochs", 2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    save_params = train.save_params
+
+    def save_params_and_die(*arguments):
+        save_params(*arguments)
+        killed()
+
+    for name, death in (("train_step", killed), ("save_params", save_params_and_die)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train, name, death)
+            run(dataroot, tmp_path / name, "--epochs", 2)
+        run(dataroot, tmp_path / name, "--epochs", 2, "--resume")
+        assert_same_training(tmp_path / "whole", tmp_path / name)
+
+
 def test_a_kill_between_two_checkpoints_leaves_a_run_that_is_not_overwritten(dataroot, tmp_path, run_script, refused):
     """There the older checkpoint has its new name already, and the newer one none yet."""
     run(dataroot, tmp_path / "run", "--epochs", 2)
