@@ -253,14 +253,39 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(dataroot, tmp_path, cap
     assert_same_training(tmp_path / "whole", tmp_path / "run")
 
 
+SPY = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+step, seen = train.train_step, []
+def spied(state, real, *arguments):
+    seen.append(real)
+    step(state, real, *arguments)
+    parts = {{name: part.state_dict() for name, part in state.parts().items()}}
+    torch.save(dict(parts, seen=torch.cat(seen)), "rank" + os.environ["RANK"] + ".pt")
+train.train_step = spied
+train.main(sys.argv[1:])
+"""
+
+
 def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "train.py", *SMALL, "--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", "1"]
+    """Bit by bit after an epoch, D's BatchNorm statistics apart, of which each has those of its own images."""
+    (tmp_path / "spy.py").write_text(SPY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py"]
+    command += [*SMALL, "--dataroot", dataroot, "--outdir", "run", "--epochs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["images_seen"] == len(list((dataroot / "64" / "train").iterdir())) // 8 * 8
+    ranks = [load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    images = to_float(DataGenerater(dataroot / "64" / "train", in_memory=True).images)
+    seen = torch.cat([rank.pop("seen") for rank in ranks])
+    indices = [(images == image).flatten(1).all(1).nonzero().item() for image in seen]  # each is one of the set
+    assert len(indices) == len(images) // 8 * 8 == len(set(indices))
+    for rank in ranks:
+        rank["netD"] = {name: tensor for name, tensor in rank["netD"].items() if "running" not in name}
+    assert_equal(*ranks)
     train_again = [*SMALL, "--dataroot", str(dataroot), "--outdir", str(tmp_path / "run"), "--epochs", "2", "--resume"]
     train.main(train_again)  # a single process goes on with it
 
