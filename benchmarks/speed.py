@@ -131,8 +131,9 @@ class Tutorial:
 class Ours:
     """train.py's own step and loader, without its log and its files."""
 
-    def __init__(self, dataset, device: torch.device, batch_size: int, precision: str, size: int = 64, ngf: int = 64):
+    def __init__(self, dataset, device: torch.device, batch_size: int, precision: str, size=64, ngf=64, workers=2):
         flags = ["--image-size", size, "--batch-size", batch_size, "--precision", precision, "--ngf", ngf, "--ndf", ngf]
+        flags += ["--workers", workers]
         self.args, self.device, self.dataset = train.parse_args([*map(str, flags)]), device, dataset
         self.state, self.waited = train.make_state(self.args, device), 0.0
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -142,7 +143,7 @@ class Ours:
     def epochs(self):
         for epoch in range(10**9):
             pin = self.device.type == "cuda"
-            yield from make_loader(self.dataset, self.args.batch_size, 0, epoch, workers=2, pin_memory=pin)
+            yield from make_loader(self.dataset, self.args.batch_size, 0, epoch, 0, self.args.workers, pin)
 
     def step(self) -> None:
         before = time.perf_counter()
@@ -364,17 +365,23 @@ def measure_start(args: argparse.Namespace, photos: Path, dataroot: Path) -> lis
 def measure_growth(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     """How images/s depend on what one can choose; the picture shows it against the default of each."""
     precision = train.pick_precision("auto", args.device)
-    datasets = {size: DataGenerater(dataroot / str(size) / "train", size, in_memory=True) for size in (64, 128)}
+    steps = max(1, args.steps // 3)
 
-    def speed(size=64, batch=128, ngf=64):
-        batch = min(batch, len(datasets[size]))
-        loop = Ours(datasets[size], args.device, batch, precision, size, ngf)
-        return statistics.median(images_per_second(loop, 1, batch) for _ in range(args.rounds))
+    def speed(size=64, batch=32, ngf=64, images=None, workers=None):
+        dataset = DataGenerater(dataroot / str(size) / "train", size, in_memory=workers is None)
+        if images:
+            dataset.paths, dataset.images = dataset.paths[:images], dataset.images[:images]
+        batch = min(batch, len(dataset))
+        loop = Ours(dataset, args.device, batch, precision, size, ngf, workers or 0)
+        return statistics.median(images_per_second(loop, steps, batch) for _ in range(args.rounds))
 
+    total = len(list((dataroot / "64" / "train").iterdir()))
     curves = {
         "batch size": {batch: speed(batch=batch) for batch in args.batches},
-        "resolution": {size: speed(size, 32) for size in (64, 128)},
-        "ngf = ndf": {ngf: speed(batch=32, ngf=ngf) for ngf in (16, 32, 64, 128)},
+        "resolution": {size: speed(size) for size in (64, 128)},
+        "ngf = ndf": {ngf: speed(ngf=ngf) for ngf in (16, 32, 64, 128)},
+        "number of images": {n: speed(images=n) for n in (total // 16, total // 4, total)},
+        "workers that read files": {workers: speed(workers=workers) for workers in (0, 1, 2, 4)},
     }
     if args.picture:
         import matplotlib
@@ -382,14 +389,13 @@ def measure_growth(args: argparse.Namespace, photos: Path, dataroot: Path) -> li
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, len(curves), figsize=(11, 3.2), constrained_layout=True)
+        figure, axes = plt.subplots(1, len(curves), figsize=(13, 3), sharey=True, constrained_layout=True)
         for axis, (name, points) in zip(axes, curves.items()):
-            axis.loglog(list(points), list(points.values()), "o-")
-            axis.set_xticks(list(points), [str(x) for x in points], minor=False)
-            axis.minorticks_off()
-            low, high = min(points.values()) / 2, max(points.values()) * 2
-            axis.set(xlabel=name, ylabel="training, images/s", ylim=(low, high))
+            axis.semilogy(range(len(points)), list(points.values()), "o-")
+            axis.set_xticks(range(len(points)), [str(x) for x in points])
+            axis.set(xlabel=name, xlim=(-0.4, len(points) - 0.6))
             axis.grid(alpha=0.3)
+        axes[0].set_ylabel("training, images/s")
         figure.suptitle(f"{args.hardware}, {precision}")
         figure.savefig(args.picture, dpi=90)
     told = (f"{name} " + ", ".join(f"{x}: {y:,.1f}" for x, y in points.items()) for name, points in curves.items())
