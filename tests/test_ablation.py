@@ -1,0 +1,58 @@
+import importlib
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation
+
+import train
+
+
+def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, monkeypatch, capsys):
+    """Of two small trainings; an ablation that goes on does only what is left to do."""
+    ran = []
+
+    def in_this_process(script, flags, args, log):
+        ran.append(script)
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, flags)])
+
+    monkeypatch.setattr(ablation, "python", in_this_process)
+    monkeypatch.setattr(train, "catch_signals", lambda world: [])  # which only a main thread may
+    monkeypatch.setitem(ablation.VARIANTS, "batch 4", "--batch-size 4")
+    flags = ["--variants", "report", "batch 4", "--train-flags", "--ngf 4 --ndf 4 --nz 8", "--eval-every", "1"]
+    flags += ["--eval-flags", f"--inception tf2015 --dims 64 --num 3 --no-floor --weights '{weights}'"]
+    flags += ["--dataroot", str(dataroot), "--outdir", str(tmp_path / "runs"), "--markdown", str(tmp_path / "table.md")]
+    monkeypatch.setitem(ablation.VARIANTS, "report", "--batch-size 8")
+    ablation.main([*flags, "--epochs", "1", "--faces", str(tmp_path / "faces.png")])
+    assert ran == ["train.py", "evaluate.py", "evaluate.py"] * 2
+
+    def fid(variant, name):
+        [report] = (tmp_path / "runs" / f"{variant}, seed 0").glob(f"{name}_[0-9]*.json")
+        return json.loads(report.read_text())["fid"]
+
+    def last_row():
+        return (tmp_path / "table.md").read_text().splitlines()[-1].split(" | ")
+
+    assert last_row()[:2] == ["| batch 4", "`--batch-size 4`"]
+    assert last_row()[3:5] == [f"{fid('batch 4', name):.4f}" for name in ("generator", "generator_raw")]
+    expected = fid("batch 4", "generator") / fid("report", "generator_raw")
+    assert float(last_row()[5]) == pytest.approx(expected, abs=0.01)
+    with Image.open(tmp_path / "faces.png") as picture:
+        assert picture.size == (3 * (4 * 66 + 2) + 20, 8 * 66 + 2 + 16)
+
+    ran.clear()
+    ablation.main([*flags, "--epochs", "1"])
+    assert ran == ["train.py"] * 2  # which finds nothing to do
+    ablation.main([*flags, "--epochs", "2"])
+    assert ran[2:] == ["train.py", "evaluate.py", "evaluate.py"] * 2
+    assert int(last_row()[2]) == 2 * (len(list((dataroot / "64" / "train").iterdir())) // 4 * 4)
+
+
+def test_a_variant_that_fails_is_told(dataroot, tmp_path, monkeypatch):
+    monkeypatch.setitem(ablation.VARIANTS, "report", "--batch-size 4000")
+    with pytest.raises(SystemExit, match="train.py .* failed; see .*stdout.txt"):
+        ablation.main(["--variants", "report", "--dataroot", str(dataroot), "--outdir", str(tmp_path)])
