@@ -92,11 +92,15 @@ def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Random numbers of training step `step`, a function of the arguments: a resumed training has them again."""
+    mixed = np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
 def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
-    """The latents (n,nz,1,1) of training step `step`, a function of (seed, step): a resumed training has them again."""
-    mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(mixed[0]))
-    return torch.randn(n, nz, 1, 1, generator=generator)
+    """The latents (n,nz,1,1) of training step `step`."""
+    return torch.randn(n, nz, 1, 1, generator=step_generator(seed, step))
 
 
 def pick_device(name: str) -> torch.device:

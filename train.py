@@ -1,6 +1,7 @@
 """Batches of faces + networks -> runs/<size>/generator.params.
 
     python train.py                              # the report: DCGAN at 64x64, BCE, Adam 2e-4/0.5, batch 128, 5 epochs
+    python train.py --recipe best                # better faces from as many images
     python train.py --image-size 128             # the same at 128x128
     python train.py --resume                     # goes on from the last checkpoint, bit for bit
     python train.py --demo                       # no data at hand: on drawn faces, a few minutes on two cores
@@ -45,6 +46,7 @@ from checkpoint import (
 )
 from dataloader import (
     DataGenerater,
+    augment,
     fits_in_memory,
     image_grid,
     make_loader,
@@ -57,6 +59,8 @@ from dataloader import (
 NETWORKS = {64: network, 128: network_128}
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
+# Named sets of flag values; benchmarks/ablation.md says what each is worth.
+RECIPES = {"report": {}, "best": {"batch_size": 16, "augment": True}}
 # A narrow D: the full one soon tells drawn faces from generated ones too well for G to learn in so few steps.
 DEMO |= {"ndf": 32, "batch_size": 16, "epochs": 6, "ema": 0.99}
 
@@ -75,9 +79,12 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
     return State(netG, netD, average, *adams, totals=torch.zeros(4, device=device))
 
 
-def train_step(state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float) -> None:
+def train_step(
+    state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u=(None, None, None)
+) -> None:
     """One step of D and one of G on `real` (N,3,S,S) in [-1,1] and latents `z`, as in the DCGAN paper and the report.
 
+    D sees the real ones, the fakes, and the fakes in G's step through augment(), which `u` (3,N,5) is for.
     The losses are nn.BCELoss of D's probabilities, written on its logits x: -log D = softplus(-x), and
     -log(1 - D) = softplus(x). So they keep a gradient where a probability has rounded to 0 or 1.
     """
@@ -85,7 +92,7 @@ def train_step(state: State, real: torch.Tensor, z: torch.Tensor, autocast: torc
     state.optD.zero_grad()
     with autocast:
         fake = netG(z)
-        d_real, d_fake = netD(real, logits=True), netD(fake.detach(), logits=True)
+        d_real, d_fake = netD(augment(real, u[0]), logits=True), netD(augment(fake.detach(), u[1]), logits=True)
     errD = softplus(-d_real).mean() + softplus(d_fake).mean()
     errD.backward()
     average_over_ranks([p.grad for p in netD.parameters()])
@@ -94,7 +101,7 @@ def train_step(state: State, real: torch.Tensor, z: torch.Tensor, autocast: torc
     state.optG.zero_grad()
     netD.requires_grad_(False)  # G's step needs the gradient through D, not the gradients of D's weights
     with autocast:
-        judged = netD(fake, logits=True)
+        judged = netD(augment(fake, u[2]), logits=True)
     errG = softplus(-judged).mean()
     errG.backward()
     netD.requires_grad_(True)
@@ -263,7 +270,8 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
-            train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema)
+            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else (None, None, None)
+            train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
             if done % LOG_EVERY == 0 or last:
@@ -280,6 +288,11 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
                     told = f"\nstopped at step {state.step}; go on with --resume --outdir {args.outdir}"
                     print(told, file=sys.stderr)
                 sys.exit(128 + number)
+
+
+def augmentation(args: argparse.Namespace, step: int) -> torch.Tensor:
+    """What augment() is told in a step (3,N,5): a function of (seed, step), as the latents are."""
+    return torch.rand(3, args.batch_size, 5, generator=network.step_generator(args.seed, step, 1))
 
 
 def due(epoch: int, args: argparse.Namespace) -> bool:
@@ -309,6 +322,7 @@ def save(state: State, args: argparse.Namespace, log, epoch: int, device: torch.
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
     add, natural = parser.add_argument, preprocess.natural
+    add("--recipe", choices=RECIPES, default="report", help="flags' values; best: --batch-size 16 --augment")
     add("--image-size", type=int, choices=NETWORKS, default=64, help="side of the faces")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
@@ -320,6 +334,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ngf", type=natural(1), default=64, help="channels of G before its last layer")
     add("--ndf", type=natural(1), default=64, help="channels of D after its first layer")
     add("--ema", type=float, default=0.999, help="decay of the average of G; 0: no average")
+    add("--augment", action=argparse.BooleanOptionalAction, default=False, help="show D other colours and shifts")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 by autocast, or fp32")
     add("--compile", action="store_true", help="compile the networks: slower to start, then faster")
     add("--workers", type=natural(0), default=2, help="reading processes, where the images do not fit in memory")
@@ -332,9 +347,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
     add("--demo", action="store_true", help="draw faces if need be, and train on them for some minutes")
     args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[args.recipe] | (DEMO if args.demo else {}))
+    args = parser.parse_args(argv)  # again: a flag of its own wins over the recipe's
     args.outdir = args.outdir or Path("runs") / str(args.image_size)
     return args
 

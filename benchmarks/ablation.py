@@ -32,6 +32,8 @@ from preprocess import Formatter, natural
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "report": "",
+    "augment": "--augment",
+    "batch 16": "--batch-size 16",
     "best": "--recipe best",
 }
 PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}

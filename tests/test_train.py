@@ -18,7 +18,7 @@ from torch import nn
 import checkpoint
 import network
 import train
-from dataloader import DataGenerater, make_loader, to_float
+from dataloader import DataGenerater, augment, make_loader, to_float
 
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -31,7 +31,8 @@ def run(dataroot, outdir, *flags):
     train.main([*SMALL, "--dataroot", str(dataroot), "--outdir", str(outdir), *map(str, flags)])
 
 
-def test_20_steps_equal_a_plain_loop(dataroot):
+@pytest.mark.parametrize("augmented", [False, True])
+def test_20_steps_equal_a_plain_loop(dataroot, augmented):
     """The fast step against the report's loop, written plainly: BCELoss, contiguous tensors, gradients everywhere.
 
     In float64: Adam divides by gradients near zero, and after some steps makes visible any other order of summation.
@@ -47,17 +48,18 @@ def test_20_steps_equal_a_plain_loop(dataroot):
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
         z = network.step_latents(0, step, 8, 8).double()
-        train.train_step(state, real.contiguous(memory_format=torch.channels_last), z, EAGER, 0.999)
+        u = train.augmentation(small_args(), step).double() if augmented else [None] * 3
+        train.train_step(state, real.contiguous(memory_format=torch.channels_last), z, EAGER, 0.999, u)
 
         netD.zero_grad()
-        errD_real = criterion(netD(real), torch.ones(8, 1, 1, 1))
+        errD_real = criterion(netD(augment(real, u[0])), torch.ones(8, 1, 1, 1))
         fake = netG(z)
-        errD_fake = criterion(netD(fake.detach()), torch.zeros(8, 1, 1, 1))
+        errD_fake = criterion(netD(augment(fake.detach(), u[1])), torch.zeros(8, 1, 1, 1))
         errD = errD_real + errD_fake
         errD.backward()
         optD.step()
         netG.zero_grad()
-        errG = criterion(netD(fake), torch.ones(8, 1, 1, 1))
+        errG = criterion(netD(augment(fake, u[2])), torch.ones(8, 1, 1, 1))
         errG.backward()
         optG.step()
         losses.append((errD.item(), errG.item()))
@@ -91,6 +93,14 @@ class Constant(nn.Module):
     def forward(self, images, logits):
         assert logits
         return self.logit + 0 * images.mean((1, 2, 3), keepdim=True)
+
+
+def test_a_recipe_is_flag_values_and_a_flag_wins():
+    report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
+    changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
+    assert changed == {"recipe", *train.RECIPES["best"]}
+    own = train.parse_args(["--batch-size", "64", "--recipe", "best"])
+    assert own.batch_size == 64 and own.recipe == "best"
 
 
 def test_losses_by_hand():
@@ -191,10 +201,11 @@ def test_fid_is_measured_and_the_best_average_kept(dataroot, tmp_path, weights):
         run(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
 
 
-def test_resume_equals_no_interruption(dataroot, tmp_path):
-    run(dataroot, tmp_path / "whole", "--epochs", 2)
-    run(dataroot, tmp_path / "parts", "--epochs", 1)
-    run(dataroot, tmp_path / "parts", "--epochs", 2, "--resume")
+@pytest.mark.parametrize("flags", [[], ["--augment"]])
+def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
+    run(dataroot, tmp_path / "whole", "--epochs", 2, *flags)
+    run(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
+    run(dataroot, tmp_path / "parts", "--epochs", 2, "--resume", *flags)
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
