@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from dataloader import DataGenerater, find_images, fingerprint, image_grid, save_image
-from generator import load_generator, sample
+from generator import TRAINED, default_params, load_generator, sample
 from inception import DEFAULT_RESIZE, DTYPES, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
 from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
 from network import Generator, join_ranks, rank_and_world_size
@@ -302,7 +302,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
     fake = parser.add_mutually_exclusive_group()
-    fake.add_argument("--params", type=Path, default=Path("runs/64/generator.params"), help="generator to evaluate")
+    fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
     fake.add_argument("--images", type=Path, help="folder of images or .npz statistics to evaluate instead")
     add("--real", type=Path, help="folder or .npz statistics (default: <dataroot>/<resolution>/test)")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
@@ -340,6 +340,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
     device = join_ranks(args.device)
     first = rank_and_world_size()[0] == 0
+    if not args.images:
+        args.params = args.params or default_params()
     netG = None if args.images else load_generator(args.params, device)
     size = netG.image_size if netG else resolution_of(args.images)
     real_path = args.real or args.dataroot / str(size) / "test"

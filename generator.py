@@ -1,6 +1,6 @@
 """generator.params -> faces: faces/00000007.png is what seed 7 draws.
 
-    python generator.py                                        # 64 faces of runs/64/generator.params
+    python generator.py                                        # 64 faces of your training, or of pretrained/ before it
     python generator.py --params runs/128/generator.params --seeds 0-9999 --outdir fakes
     python generator.py --seeds 3,14,15 --grid --interpolate   # with one picture of all, and a morph between them
 
@@ -9,6 +9,7 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,16 @@ from network import Generator, generator_from_state_dict, latents, load_tensors,
 from preprocess import PNG, Formatter, natural
 
 FRAMES = 24  # of the morph from one seed to the next
+TRAINED = Path("runs/64/generator.params")
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "generator_64.params"
+
+
+def default_params() -> Path:
+    """The generator that train.py made here, or the pretrained one, and then a note that says so."""
+    if TRAINED.exists() or not PRETRAINED.exists():
+        return TRAINED
+    print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
+    return PRETRAINED
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Generator:
@@ -95,7 +106,7 @@ def parse_seeds(text: str) -> list[int]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    add("--params", type=Path, default=Path("runs/64/generator.params"), help="weights of a trained generator")
+    add("--params", type=Path, help=f"generator to draw with (default: {TRAINED}, else the pretrained one)")
     add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
     add("--seeds", type=parse_seeds, default="0-63", help="which faces: 0-63 or 1,5,10-12")
     add("--grid", action="store_true", help="also one picture of all faces: grid.png")
@@ -108,6 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    args.params = args.params or default_params()
     netG = load_generator(args.params, pick_device(args.device))
     targets = [face_path(args.outdir, seed) for seed in args.seeds]
     targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate

@@ -41,7 +41,7 @@ PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}
 
 def python(script: str, flags: list, args: argparse.Namespace, log: Path) -> None:
     """Runs a script of this repository with its share of the cores. Raises SystemExit when it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} | os.environ
     command = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
     with log.open("a") as file:
         done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)

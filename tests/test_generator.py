@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,28 @@ def test_tutorial_weights(tmp_path):
     netG = network_128.Generator(10, 4)
     torch.save({f"module.{name}": tensor for name, tensor in netG.state_dict().items()}, tmp_path / "netG_epoch_4.pth")
     assert generator.load_generator(tmp_path / "netG_epoch_4.pth").image_size == 128
+
+
+def test_without_a_training_the_pretrained_one_draws_and_says_so(params, tmp_path, run_script, monkeypatch):
+    done = run_script("generator.py", "--seeds", "0")
+    assert done.returncode == 0 and "pretrained/generator_64.params" in done.stderr
+    with Image.open(tmp_path / "faces" / "00000000.png") as face:
+        assert face.size == (64, 64)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/64").mkdir(parents=True)
+    Path(params).rename("runs/64/generator.params")
+    done = run_script("generator.py", "--seeds", "1")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_pretrained(size):
+    """Half precision, small, and faces of different seeds differ."""
+    path = generator.PRETRAINED.with_name(f"generator_{size}.params")
+    assert path.stat().st_size < {64: 8e6, 128: 26e6}[size]
+    assert {t.dtype for t in torch.load(path, weights_only=True).values()} == {torch.float16, torch.int64}
+    faces = next(generator.sample(generator.load_generator(path), range(16))).float()
+    assert faces.shape == (16, 3, size, size) and faces.std(0).mean() > 20 and faces.std((2, 3)).mean() > 20
 
 
 def test_nothing_is_overwritten_unasked(params, run_script, refused):
