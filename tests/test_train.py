@@ -212,7 +212,7 @@ def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
 @pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])
 def test_killed_training_goes_on_bit_for_bit(tmp_path, precision, processes, number):
     """The short form of tests/kill_train.py, once, while a file is being written."""
-    torn = kill(tmp_path, 1, ["--epochs", 14, "--precision", precision], processes, number)
+    torn = kill(tmp_path, 1, ["--epochs", 14, "--precision", precision, "--augment"], processes, number)
     assert torn == (number == signal.SIGKILL)
 
 
