@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ from dataloader import (
 )
 
 NETWORKS = {64: network, 128: network_128}
+NO_CHANGE = (None, None, None)  # by augment()
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
 # Named sets of flag values; benchmarks/ablation.md says what each is worth.
@@ -80,11 +82,11 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
 
 
 def train_step(
-    state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u=(None, None, None)
+    state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u: Sequence = NO_CHANGE
 ) -> None:
     """One step of D and one of G on `real` (N,3,S,S) in [-1,1] and latents `z`, as in the DCGAN paper and the report.
 
-    D sees the real ones, the fakes, and the fakes in G's step through augment(), which `u` (3,N,5) is for.
+    D sees all images through augment(): u[0] is for the real ones, u[1] for the fakes, u[2] for them in G's step.
     The losses are nn.BCELoss of D's probabilities, written on its logits x: -log D = softplus(-x), and
     -log(1 - D) = softplus(x). So they keep a gradient where a probability has rounded to 0 or 1.
     """
@@ -270,7 +272,7 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
-            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else (None, None, None)
+            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else NO_CHANGE
             train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
