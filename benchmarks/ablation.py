@@ -32,8 +32,8 @@ from preprocess import Formatter, natural
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "report": "",
-    "augment": "--augment",
     "batch 16": "--batch-size 16",
+    "augment": "--augment",
     "best": "--recipe best",
 }
 PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}
@@ -113,6 +113,8 @@ def draw_curves(results: list[dict], args: argparse.Namespace) -> None:
         label = result["variant"] if result["seed"] == args.seeds[0] else None
         axis.semilogy(list(result["curve"]), list(result["curve"].values()), ".-", color=colour, label=label)
     axis.set(xlabel="real images seen", ylabel=f"FID-{results[0]['average']['dims']} of the average of G")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(matplotlib.ticker.ScalarFormatter())
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.savefig(args.picture, dpi=90)
@@ -120,8 +122,9 @@ def draw_curves(results: list[dict], args: argparse.Namespace) -> None:
 
 def draw_faces(results: list[dict], args: argparse.Namespace) -> None:
     """The faces of seeds 0-31: of the tutorial, which is the first variant's last iterate, and of each average."""
-    shown = [("the tutorial", results[0]["outdir"] / PARAMS["last iterate"])]
-    shown += [(r["variant"], r["outdir"] / PARAMS["average"]) for r in results if r["seed"] == args.seeds[0]]
+    of_one_seed = [result for result in results if result["seed"] == args.seeds[0]]
+    shown = [("the tutorial", of_one_seed[0]["outdir"] / PARAMS["last iterate"])]
+    shown += [(f"{r['variant']}: average", r["outdir"] / PARAMS["average"]) for r in of_one_seed]
     grids = [image_grid(torch.cat([*sample(load_generator(path), range(32))]), columns=4) for _, path in shown]
     width, height = grids[0].size
     picture = Image.new("RGB", (len(grids) * (width + 10) - 10, height + 16), "white")
