@@ -1,6 +1,6 @@
 """Two sets of images -> Fréchet Inception Distance (FID): how far generated faces are from real ones.
 
-    python evaluate.py                                         # runs/64/generator.params against data/64/test
+    python evaluate.py                                         # your training, or pretrained/, against data/64/test
     python evaluate.py --params runs/128/generator.params --repeats 5 --neighbours neighbours.png
     python evaluate.py --images faces --real data/64/test      # two folders, or .npz statistics
     python evaluate.py --inception tf2015                      # the network that papers report with

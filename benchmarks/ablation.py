@@ -156,9 +156,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
         results = list(pool.map(lambda one: run(*one, args), todo))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, nothing more is begun than runs by then
     command = shlex.join(sys.argv[1:] if argv is None else argv)
     text = f"`python benchmarks/ablation.py {command}`\n\n{table(results, args)}"
     print(text)

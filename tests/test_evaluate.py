@@ -222,7 +222,13 @@ def refused_in_process(weights, tmp_path, monkeypatch, capsys):
 
 
 def test_bad_input_as_a_user_meets_it(run_script, refused):
-    refused(run_script("evaluate.py"), "runs/64/generator.params", "train.py")
+    refused(run_script("evaluate.py", "--params", "runs/64/generator.params"), "runs/64/generator.params", "train.py")
+
+
+def test_without_a_training_it_is_the_pretrained_generator_and_says_so(run_script, refused, tmp_path, weights):
+    done = run_script("evaluate.py", "--inception", "tf2015", "--weights", weights)
+    refused(done, "data/64/test", "preprocess.py")
+    assert "pretrained/generator_64.params" in done.stderr
 
 
 def test_offline_without_weights(run_script, refused, tmp_path):
