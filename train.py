@@ -60,11 +60,10 @@ from dataloader import (
 NETWORKS = {64: network, 128: network_128}
 NO_CHANGE = (None, None, None)  # by augment()
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
-DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
-# Named sets of flag values; benchmarks/ablation.md says what each is worth.
-RECIPES = {"report": {}, "best": {"batch_size": 16, "augment": True}}
+# Flags by a name; benchmarks/ablation.md says what each is worth.
+RECIPES = {"report": "", "best": "--batch-size 16 --augment"}
 # A narrow D: the full one soon tells drawn faces from generated ones too well for G to learn in so few steps.
-DEMO |= {"ndf": 32, "batch_size": 16, "epochs": 6, "ema": 0.99}
+DEMO = "--dataroot data/demo --outdir runs/demo --ndf 32 --batch-size 16 --epochs 6 --ema 0.99"
 
 
 def make_state(args: argparse.Namespace, device: torch.device) -> State:
@@ -324,7 +323,7 @@ def save(state: State, args: argparse.Namespace, log, epoch: int, device: torch.
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
     add, natural = parser.add_argument, preprocess.natural
-    add("--recipe", choices=RECIPES, default="report", help="flags' values; best: --batch-size 16 --augment")
+    add("--recipe", choices=RECIPES, default="report", help=f"named flags; best: {RECIPES['best']}")
     add("--image-size", type=int, choices=NETWORKS, default=64, help="side of the faces")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
@@ -348,9 +347,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-flags", default="", help='of evaluate.py, for these: "--inception tf2015 --num 2000"')
     add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
     add("--demo", action="store_true", help="draw faces if need be, and train on them for some minutes")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[args.recipe] | (DEMO if args.demo else {}))
-    args = parser.parse_args(argv)  # again: a flag of its own wins over the recipe's
+    named = f"{RECIPES[args.recipe]} {DEMO if args.demo else ''}".split()
+    args = parser.parse_args([*named, *argv])  # the later wins: a flag of its own over the recipe's
     args.outdir = args.outdir or Path("runs") / str(args.image_size)
     return args
 

@@ -98,9 +98,10 @@ class Constant(nn.Module):
 def test_a_recipe_is_flag_values_and_a_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", *train.RECIPES["best"]}
+    assert changed == {"recipe", "batch_size", "augment"}
     own = train.parse_args(["--batch-size", "64", "--recipe", "best"])
-    assert own.batch_size == 64 and own.recipe == "best"
+    assert own.batch_size == 64 and own.augment and own.recipe == "best"
+    assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
 
 
 def test_losses_by_hand():
