@@ -340,9 +340,10 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
     device = join_ranks(args.device)
     first = rank_and_world_size()[0] == 0
+    netG = None
     if not args.images:
         args.params = args.params or default_params()
-    netG = None if args.images else load_generator(args.params, device)
+        netG = load_generator(args.params, device)
     size = netG.image_size if netG else resolution_of(args.images)
     real_path = args.real or args.dataroot / str(size) / "test"
     train_path = train_folder(real_path)
