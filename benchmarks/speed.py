@@ -10,6 +10,7 @@ process; the table has medians. Without --photos, drawn faces stand for them.
 """
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -365,17 +366,17 @@ def measure_start(args: argparse.Namespace, photos: Path, dataroot: Path) -> lis
 def measure_growth(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     """How images/s depend on what one can choose; the picture shows it against the default of each."""
     precision = train.pick_precision("auto", args.device)
-    steps = max(1, args.steps // 3)
+    datasets = {size: DataGenerater(dataroot / str(size) / "train", size, in_memory=True) for size in (64, 128)}
+    steps, total = max(1, args.steps // 3), len(datasets[64])
 
     def speed(size=64, batch=32, ngf=64, images=None, workers=None):
-        dataset = DataGenerater(dataroot / str(size) / "train", size, in_memory=workers is None)
-        if images:
-            dataset.paths, dataset.images = dataset.paths[:images], dataset.images[:images]
+        dataset = copy.copy(datasets[size])
+        dataset.paths = dataset.paths[:images]
+        dataset.images = dataset.images[:images] if workers is None else None  # None: from the files
         batch = min(batch, len(dataset))
         loop = Ours(dataset, args.device, batch, precision, size, ngf, workers or 0)
         return statistics.median(images_per_second(loop, steps, batch) for _ in range(args.rounds))
 
-    total = len(list((dataroot / "64" / "train").iterdir()))
     curves = {
         "batch size": {batch: speed(batch=batch) for batch in args.batches},
         "resolution": {size: speed(size) for size in (64, 128)},

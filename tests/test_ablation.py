@@ -12,7 +12,7 @@ import ablation
 import train
 
 
-def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, monkeypatch, capsys):
+def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, monkeypatch):
     """Of two small trainings; an ablation that goes on does only what is left to do."""
     ran = []
 
