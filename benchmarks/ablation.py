@@ -17,7 +17,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,8 +27,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import CHECKPOINTS, read_log
-from dataloader import image_grid, save_image
+from dataloader import DataGenerater, augment, image_grid, make_loader, save_image, to_float
 from generator import load_generator, sample
+from network import Discriminator, Generator, load_tensors, step_generator, step_latents
 from preprocess import Formatter, natural
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,7 @@ VARIANTS = {
     "best": "--recipe best",
 }
 PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}
+JUDGED = 1600  # images of each kind that D is asked about
 
 
 def python(script: str, flags: list, args: argparse.Namespace, log: Path) -> None:
@@ -69,8 +73,36 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
             flags = ["--params", outdir / file, "--dataroot", args.dataroot, "--json", report]
             python("evaluate.py", [*flags, *shlex.split(args.eval_flags)], args, outdir / "stdout.txt")
         result[name] = json.loads(report.read_text())
+    result["logits"] = judge(outdir, args)
     print(f"{outdir.name}: " + ", ".join(f"{name} {result[name]['fid']:.4f}" for name in PARAMS), flush=True)
     return result
+
+
+@torch.no_grad()
+def judge(outdir: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Mean logits that D, in the batches and through the augmentation of its training, gives to images of three kinds.
+
+    A D that knows its training photos by heart scores them higher than test photos, which it has never seen.
+    """
+    checkpoint = load_tensors(outdir / CHECKPOINTS[0], "train this variant again")
+    flags = argparse.Namespace(**checkpoint["fixed"])
+    netG, netD = Generator(flags.nz, flags.ngf, flags.image_size), Discriminator(flags.ndf, flags.image_size)
+    netG.load_state_dict(checkpoint["netG"])
+    netD.load_state_dict(checkpoint["netD"])
+
+    def mean_logit(batches: Iterable[torch.Tensor]) -> float:
+        scores = []
+        for step, images in enumerate(islice(batches, max(1, JUDGED // flags.batch_size))):
+            u = torch.rand(len(images), 5, generator=step_generator(0, step, 1)) if flags.augment else None
+            scores.append(netD(augment(images, u), logits=True).mean())
+        return torch.stack(scores).mean().item()
+
+    logits = {}
+    for split in ("train", "test"):
+        dataset = DataGenerater(args.dataroot / str(flags.image_size) / split, flags.image_size)
+        logits[split] = mean_logit(map(to_float, make_loader(dataset, min(flags.batch_size, len(dataset)), 0, 0)))
+    latents = (step_latents(0, step, flags.batch_size, flags.nz) for step in range(JUDGED))
+    return logits | {"fakes": mean_logit(map(netG, latents))}
 
 
 def table(results: list[dict], args: argparse.Namespace) -> str:
@@ -86,16 +118,18 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
         f"FID-{first['dims']}, {first['n_fake']:,} faces against {first['n_real']:,} test faces ({first['network']}, "
         f"resize {first['resize']}, weights {first['weights_sha256']:.16}...).\n",
         f"| variant | flags of train.py | images seen | average of G | last iterate | average / last iterate of "
-        f"`{args.variants[0]}` | KID of the average | images/s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"`{args.variants[0]}` | KID of the average | D's logits: train, test, fakes | images/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in args.variants:
         mine = [result for result in results if result["variant"] == variant]
         average, last = ([result[name]["fid"] for result in mine] for name in PARAMS)
+        logits = zip(*(result["logits"].values() for result in mine))
         lines.append(
             f"| {variant} | {f'`{VARIANTS[variant]}`' if VARIANTS[variant] else 'none'} | {mine[0]['images_seen']:,} "
             f"| {cell(average)} | {cell(last)} | {statistics.mean(average) / tutorial:.2f} "
             f"| {cell([result['average']['kid'] for result in mine])} "
+            f"| {', '.join(f'{statistics.mean(values):.2f}' for values in logits)} "
             f"| {statistics.median(result['images_per_sec'] for result in mine):,.1f} |"
         )
     return "\n".join(lines) + "\n"

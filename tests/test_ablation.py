@@ -1,6 +1,8 @@
 import importlib
 import json
+import shutil
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT
@@ -41,6 +43,8 @@ def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, mon
     assert last_row()[3:5] == [f"{fid('batch 4', name):.4f}" for name in ("generator", "generator_raw")]
     expected = fid("batch 4", "generator") / fid("report", "generator_raw")
     assert float(last_row()[5]) == pytest.approx(expected, abs=0.01)
+    logits = ablation.judge(tmp_path / "runs" / "batch 4, seed 0", Namespace(dataroot=dataroot))
+    assert last_row()[7] == ", ".join(f"{logit:.2f}" for logit in logits.values())
     with Image.open(tmp_path / "faces.png") as picture:
         assert picture.size == (3 * (4 * 66 + 2) + 20, 8 * 66 + 2 + 16)
 
@@ -50,6 +54,19 @@ def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, mon
     ablation.main([*flags, "--epochs", "2"])
     assert ran[2:] == ["train.py", "evaluate.py", "evaluate.py"] * 2
     assert int(last_row()[2]) == 2 * (len(list((dataroot / "64" / "train").iterdir())) // 4 * 4)
+
+
+@pytest.mark.parametrize("augment", ["--augment", "--no-augment"])
+def test_judge_tells_photos_apart_by_their_pixels_alone(dataroot, tmp_path, augment):
+    known, others = tmp_path / "known", tmp_path / "others"
+    for root, split in ((known, "train"), (others, "test")):
+        shutil.copytree(dataroot / "64" / "train", root / "64" / "train")
+        shutil.copytree(dataroot / "64" / split, root / "64" / "test")
+    flags = ["--ngf", "4", "--ndf", "4", "--batch-size", "4", "--epochs", "1", augment]
+    train.main([*flags, "--dataroot", str(known), "--outdir", str(tmp_path / "run")])
+    same, different = (ablation.judge(tmp_path / "run", Namespace(dataroot=root)) for root in (known, others))
+    assert same["train"] == same["test"] == different["train"] != different["test"]
+    assert same["fakes"] == different["fakes"] != same["train"]
 
 
 def test_a_variant_that_fails_is_told(dataroot, tmp_path, monkeypatch):
