@@ -6,9 +6,9 @@
     python preprocess.py --download                                                  # CelebA by torchvision
 
 Each photo is decoded once: EXIF orientation, first frame, RGB (transparency over white), the centred square, an
-antialiased resize. Run again it does only what is missing; for another --crop take another --dataroot. Photos
-that give no crop are listed with their reasons in data/skipped.txt. The split is CelebA's partition file, where
-given or found, or else 90/10 by a hash of the name, which never moves an image when others are added.
+antialiased resize. Run again it does only what is missing; another --crop needs another --dataroot. Photos that give
+no crop are listed with their reasons in data/skipped.txt. The split is CelebA's partition file, where given or found,
+or else 90/10 by a hash of the name, which never moves an image when others are added.
 """
 
 import argparse
@@ -236,6 +236,7 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
                 with suppress(OSError):  # a minute old: no other run is still writing it
                     if name.endswith(".tmp") and time.time() - (folder / name).stat().st_mtime > 60:
                         (folder / name).unlink()
+        refuse_other_crop(args, size, begun=any(key[0] == size for key in there))
     for photo in photos:
         for size in args.sizes:
             old = there.get((size, photo.name), photo.split)
@@ -244,6 +245,21 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
                                  f"and would now be in {photo.split}; give the same --partition as before, or remove "
                                  f"{args.dataroot / str(size)}")
     return [p._replace(todo=tuple(size for size in args.sizes if (size, p.name) not in there)) for p in photos]
+
+
+def refuse_other_crop(args: argparse.Namespace, size: int, begun: bool) -> None:
+    """Keeps --crop beside the first crops of a size. Raises SystemExit when it is another now: they would not match."""
+    note, now = args.dataroot / str(size) / "crop.txt", f"--crop {args.crop}" if args.crop else "no --crop"
+    try:
+        before = note.read_text(errors="replace") if begun and note.exists() else now
+    except OSError as error:
+        raise cannot_write(note, error) from error
+    if before != now:
+        raise SystemExit(f"error: the crops in {note.parent} were made with {printable(before)}, now it is {now}; give "
+                         f"the same as before or another --dataroot, or remove {note.parent}")
+    if not begun:
+        with atomic_write(note) as file:
+            file.write(now.encode())
 
 
 @lru_cache(maxsize=1)

@@ -57,6 +57,22 @@ def test_centred_square_and_resize(tmp_path, convert):
     assert abs(pixels[:, 32, 1] - (20 + 2 * np.arange(64) + 0.5)).max() <= 1
 
 
+def test_another_crop_is_refused_where_there_are_crops(tmp_path, convert):
+    gradient().save(tmp_path / "src" / "a.png")
+    with pytest.raises(SystemExit, match="gave no crop"):
+        convert("--crop", "200")  # more than the photo has: with no crop yet, another is free to follow
+    before = crop_of(convert("--crop", "64"), "a")
+    gradient(128, 128).save(tmp_path / "src" / "b.png")
+    for flags, told in (((), "no --crop"), (("--crop", "70"), "--crop 70")):
+        with pytest.raises(SystemExit, match=f"64 were made with --crop 64, now it is {told}; give the same"):
+            convert(*flags)
+    assert not list((tmp_path / "out").rglob("b.png"))
+    convert("--sizes", "32")  # of another size there are none yet
+    assert (crop_of(convert("--crop", "64"), "a") == before).all() and crop_of(tmp_path / "out", "b").any()
+    (tmp_path / "out" / "64" / "crop.txt").unlink()  # as where they were made before it was kept
+    convert()
+
+
 def test_crop_flag(tmp_path, convert):
     gradient(128, 168).save(tmp_path / "src" / "a.png")
     pixels = crop_of(convert("--crop", "64"), "a")
