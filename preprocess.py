@@ -232,7 +232,8 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
             except OSError as error:
                 raise cannot_write(folder, error) from error
             for name in names:
-                there[size, name.removesuffix(".png")] = split
+                if name.endswith(".png"):
+                    there[size, name.removesuffix(".png")] = split
                 with suppress(OSError):  # a minute old: no other run is still writing it
                     if name.endswith(".tmp") and time.time() - (folder / name).stat().st_mtime > 60:
                         (folder / name).unlink()

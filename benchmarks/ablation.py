@@ -30,7 +30,7 @@ from checkpoint import CHECKPOINTS, read_log
 from dataloader import DataGenerater, augment, image_grid, make_loader, save_image, to_float
 from generator import load_generator, sample
 from network import Discriminator, Generator, load_tensors, step_generator, step_latents
-from preprocess import Formatter, natural
+from preprocess import Formatter, atomic_write, natural
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -73,7 +73,11 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
             flags = ["--params", outdir / file, "--dataroot", args.dataroot, "--json", report]
             python("evaluate.py", [*flags, *shlex.split(args.eval_flags)], args, outdir / "stdout.txt")
         result[name] = json.loads(report.read_text())
-    result["logits"] = judge(outdir, args)
+    kept = outdir / f"logits_{rows[-1]['images_seen']}.json"
+    if not kept.exists():
+        with atomic_write(kept) as file:
+            file.write(json.dumps(judge(outdir, args)).encode())
+    result["logits"] = json.loads(kept.read_text())
     print(f"{outdir.name}: " + ", ".join(f"{name} {result[name]['fid']:.4f}" for name in PARAMS), flush=True)
     return result
 

@@ -49,7 +49,9 @@ def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, mon
         assert picture.size == (3 * (4 * 66 + 2) + 20, 8 * 66 + 2 + 16)
 
     ran.clear()
-    ablation.main([*flags, "--epochs", "1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "judge", lambda *_: pytest.fail("D is asked again"))
+        ablation.main([*flags, "--epochs", "1"])
     assert ran == ["train.py"] * 2  # which finds nothing to do
     ablation.main([*flags, "--epochs", "2"])
     assert ran[2:] == ["train.py", "evaluate.py", "evaluate.py"] * 2

@@ -61,6 +61,7 @@ def test_another_crop_is_refused_where_there_are_crops(tmp_path, convert):
     gradient().save(tmp_path / "src" / "a.png")
     with pytest.raises(SystemExit, match="gave no crop"):
         convert("--crop", "200")  # more than the photo has: with no crop yet, another is free to follow
+    (tmp_path / "out" / "64" / "train" / ".0123456789.tmp").touch()  # nor is what a killed run left one
     before = crop_of(convert("--crop", "64"), "a")
     gradient(128, 128).save(tmp_path / "src" / "b.png")
     for flags, told in (((), "no --crop"), (("--crop", "70"), "--crop 70")):
