@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before there is a group: its default arguments would keep that, and its threads, for good
 from torch import nn
+from torch.nn.functional import linear, pad
 
 
 class Generator(nn.Module):
@@ -34,12 +35,9 @@ class Generator(nn.Module):
         layers = []
         for i, (previous, out) in enumerate(zip([nz, *channels], channels)):
             # The first block sees a 1x1 map and makes it 4x4; the others double it.
+            block = (ConvTransposeFrom1x1, ConvTransposeFrom4x4, nn.ConvTranspose2d)[min(i, 2)]
             stride, padding = (1, 0) if i == 0 else (2, 1)
-            layers += [
-                nn.ConvTranspose2d(previous, out, 4, stride, padding, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(inplace=True),
-            ]
+            layers += [block(previous, out, 4, stride, padding, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, 3, 4, 2, 1, bias=False), nn.Tanh())
         self.apply(init_weights)
 
@@ -58,8 +56,8 @@ class Discriminator(nn.Module):
         channels = [ndf * 2**i for i in range(count_blocks(image_size))]
         layers = []
         for previous, out in zip([3, *channels], channels):
-            layers += [nn.Conv2d(previous, out, 4, 2, 1, bias=False), nn.BatchNorm2d(out)]
-            layers += [nn.LeakyReLU(0.2, inplace=True)]
+            conv = ConvTo4x4 if out == channels[-1] else nn.Conv2d
+            layers += [conv(previous, out, 4, 2, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2, inplace=True)]
         del layers[1]  # no BatchNorm in the first block: it makes training oscillate (DCGAN paper, section 3)
         self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid())
         self.apply(init_weights)
@@ -68,6 +66,54 @@ class Discriminator(nn.Module):
         """With `logits`, what the sigmoid is taken of: a loss of it keeps a gradient where a probability is 0 or 1."""
         scores = self.main[:-1](images).float()  # in bf16 a probability above 0.998 would round to 1
         return scores if logits else self.main[-1](scores)
+
+
+# At a map of 4x4, a CPU's convolutions leave most of its matrix units idle: here they are matrix products, with a row
+# for each pixel of each image. benchmarks/speed.md says what that is worth.
+
+
+class ConvTransposeFrom1x1(nn.ConvTranspose2d):
+    """ConvTranspose2d(B, C, 4), of a map of one pixel: (N,B,1,1) -> (N,C,4,4)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
+        return pixels.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)
+
+
+class ConvTransposeFrom4x4(nn.ConvTranspose2d):
+    """ConvTranspose2d(B, C, 4, 2, 1), as fast as can be for small maps: (N,B,H,W) -> (N,C,2H,2W)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        # (N,H,W,4,4,C): each pixel draws 4x4 of them, from the one above and left of its own 2x2 on.
+        drawn = (x.permute(0, 2, 3, 1) @ self.weight.permute(0, 2, 3, 1).flatten(1)).unflatten(3, (4, 4, -1))
+        rows = add_overlaps(drawn, 1, 3)  # (N,H,2,W,4,C)
+        return add_overlaps(rows, 3, 4).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+class ConvTo4x4(nn.Conv2d):
+    """Conv2d(B, C, 4, 2, 1), as fast as can be for small maps: (N,B,H,W) -> (N,C,H/2,W/2)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        # Squares of 2x2 pixels, (N,H/2+1,W/2+1,2,2,B): a pixel of the result sees two by two of them.
+        seen = pad(x, [1] * 4).permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+        seen = torch.stack((seen[:, :, :-1], seen[:, :, 1:]), 4)
+        seen = torch.stack((seen[:, :-1], seen[:, 1:]), 3)  # (N,H/2,W/2,2,2,2,2,B)
+        return linear(seen.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+
+
+def add_overlaps(drawn: torch.Tensor, along: int, which: int) -> torch.Tensor:
+    """Dim `which`, the four pixels that each of dim `along` draws, becomes the two that are its own, after `along`.
+
+    The first of the four falls on the second one of the neighbour before, the last on the first of the one after.
+    """
+    above, first, second, below = drawn.unbind(which)
+    others = [0, 0] * (first.dim() - 1 - along)
+    first, second = first + pad(below, [*others, 1, -1]), second + pad(above, [*others, -1, 1])
+    return torch.stack((first, second), along + 1)
 
 
 def count_blocks(image_size: int) -> int:

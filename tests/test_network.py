@@ -23,12 +23,36 @@ def test_parameters_and_shapes(nets, g, d, size):
     assert judged.shape == (2, 1, 1, 1) and ((judged > 0) & (judged < 1)).all()
 
 
+def kinds_of_layers(net):
+    """Names of torch's own layers, which some of network.py's are kinds of."""
+    return [next(kind.__name__ for kind in type(layer).mro() if "torch" in kind.__module__) for layer in net.main]
+
+
 def test_layers_are_the_reports():
-    kinds = [type(layer).__name__ for layer in network.Discriminator().main]
+    kinds = kinds_of_layers(network.Discriminator())
     block = ["Conv2d", "BatchNorm2d", "LeakyReLU"]
     assert kinds == ["Conv2d", "LeakyReLU", *block * 3, "Conv2d", "Sigmoid"]
-    kinds = [type(layer).__name__ for layer in network.Generator().main]
+    kinds = kinds_of_layers(network.Generator())
     assert kinds == ["ConvTranspose2d", "BatchNorm2d", "ReLU"] * 4 + ["ConvTranspose2d", "Tanh"]
+
+
+@pytest.mark.parametrize("net, index, shape", [
+    (network.Generator(7, 4), 0, (5, 7, 1, 1)),
+    (network.Generator(7, 4), 3, (5, 32, 4, 4)),
+    (network.Generator(7, 4), 3, (5, 32, 2, 6)),
+    (network.Discriminator(4), 8, (5, 16, 8, 8)),
+    (network.Discriminator(4), 8, (5, 16, 4, 10)),
+])
+def test_layers_of_small_maps_equal_torchs(net, index, shape):
+    """Results, gradients of the input and of the weights; in the memory format that the next layers want."""
+    layer = net.main[index].double().to(memory_format=torch.channels_last)
+    x = torch.randn(shape, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    ours, torchs = layer(x), super(type(layer), layer).forward(x)
+    weights = torch.randn_like(ours)
+    found, expected = (torch.autograd.grad(y, (x, layer.weight), weights) for y in (ours, torchs))
+    for a, b in zip((ours, *found), (torchs, *expected)):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_initial_weights():
