@@ -8,6 +8,7 @@ Convolutional Generative Adversarial Networks", 2016. Parameter names (`main.0.w
 PyTorch DCGAN tutorial, so that its weights load here.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -49,16 +50,19 @@ class Discriminator(nn.Module):
     """Gives images (N,3,image_size,image_size) in [-1,1] a probability (N,1,1,1), float32, of being real.
 
     `ndf` is the number of channels of the first block; every further block halves the map and doubles them.
+    With `group_norm`, each image is normalised by itself, 16 channels at a time (Wu and He, "Group Normalization",
+    2018): BatchNorm sees real images and fakes apart, and takes from both what their means and spreads tell.
     """
 
-    def __init__(self, ndf: int = 64, image_size: int = 64):
+    def __init__(self, ndf: int = 64, image_size: int = 64, group_norm: bool = False):
         super().__init__()
         channels = [ndf * 2**i for i in range(count_blocks(image_size))]
         layers = []
         for previous, out in zip([3, *channels], channels):
             conv = ConvTo4x4 if out == channels[-1] else nn.Conv2d
-            layers += [conv(previous, out, 4, 2, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2, inplace=True)]
-        del layers[1]  # no BatchNorm in the first block: it makes training oscillate (DCGAN paper, section 3)
+            norm = nn.GroupNorm(out // math.gcd(out, 16), out) if group_norm else nn.BatchNorm2d(out)
+            layers += [conv(previous, out, 4, 2, 1, bias=False), norm, nn.LeakyReLU(0.2, inplace=True)]
+        del layers[1]  # no norm in the first block: it makes training oscillate (DCGAN paper, section 3)
         self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid())
         self.apply(init_weights)
 

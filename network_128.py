@@ -19,5 +19,5 @@ class Generator(network.Generator):
 class Discriminator(network.Discriminator):
     """Gives images (N,3,128,128) a probability (N,1,1,1) of being real; 11,164,416 parameters at the defaults."""
 
-    def __init__(self, ndf: int = 64):
-        super().__init__(ndf, image_size=128)
+    def __init__(self, ndf: int = 64, group_norm: bool = False):
+        super().__init__(ndf, image_size=128, group_norm=group_norm)

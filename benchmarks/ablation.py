@@ -37,6 +37,7 @@ VARIANTS = {
     "report": "",
     "batch 16": "--batch-size 16",
     "augment": "--augment",
+    "batch 16, augment": "--recipe best --no-group-norm",
     "best": "--recipe best",
 }
 PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}
@@ -90,7 +91,8 @@ def judge(outdir: Path, args: argparse.Namespace) -> dict[str, float]:
     """
     checkpoint = load_tensors(outdir / CHECKPOINTS[0], "train this variant again")
     flags = argparse.Namespace(**checkpoint["fixed"])
-    netG, netD = Generator(flags.nz, flags.ngf, flags.image_size), Discriminator(flags.ndf, flags.image_size)
+    netG = Generator(flags.nz, flags.ngf, flags.image_size)
+    netD = Discriminator(flags.ndf, flags.image_size, flags.group_norm)
     netG.load_state_dict(checkpoint["netG"])
     netD.load_state_dict(checkpoint["netD"])
 

@@ -36,6 +36,18 @@ def test_layers_are_the_reports():
     assert kinds == ["ConvTranspose2d", "BatchNorm2d", "ReLU"] * 4 + ["ConvTranspose2d", "Tanh"]
 
 
+@pytest.mark.parametrize("nets", [network, network_128])
+@pytest.mark.parametrize("ndf", [8, 9])
+def test_with_group_norm_an_image_is_judged_by_itself(nets, ndf):
+    netD, batchwise = nets.Discriminator(ndf, group_norm=True), nets.Discriminator(ndf)
+    assert count(netD) == count(batchwise)
+    size = 64 if nets is network else 128
+    images = torch.rand(4, 3, size, size) * 2 - 1
+    together, alone = netD(images, logits=True)[:1], netD(images[:1], logits=True)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(batchwise(images, logits=True)[:2], batchwise(images[:2], logits=True), atol=1e-3)
+
+
 @pytest.mark.parametrize("net, index, shape", [
     (network.Generator(7, 4), 0, (5, 7, 1, 1)),
     (network.Generator(7, 4), 3, (5, 32, 4, 4)),

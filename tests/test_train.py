@@ -31,13 +31,13 @@ def run(dataroot, outdir, *flags):
     train.main([*SMALL, "--dataroot", str(dataroot), "--outdir", str(outdir), *map(str, flags)])
 
 
-@pytest.mark.parametrize("augmented", [False, True])
-def test_20_steps_equal_a_plain_loop(dataroot, augmented):
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
+def test_20_steps_equal_a_plain_loop(dataroot, flags):
     """The fast step against the report's loop, written plainly: BCELoss, contiguous tensors, gradients everywhere.
 
     In float64: Adam divides by gradients near zero, and after some steps makes visible any other order of summation.
     """
-    state = train.make_state(small_args(), torch.device("cpu"))
+    state = train.make_state(small_args(*flags), torch.device("cpu"))
     for net in (state.netG, state.netD, state.average):
         net.double()
     netG = copy.deepcopy(state.netG).to(memory_format=torch.contiguous_format)
@@ -48,7 +48,7 @@ def test_20_steps_equal_a_plain_loop(dataroot, augmented):
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
         z = network.step_latents(0, step, 8, 8).double()
-        u = train.augmentation(small_args(), step).double() if augmented else [None] * 3
+        u = train.augmentation(small_args(), step).double() if flags else [None] * 3
         train.train_step(state, real.contiguous(memory_format=torch.channels_last), z, EAGER, 0.999, u)
 
         netD.zero_grad()
@@ -98,7 +98,7 @@ class Constant(nn.Module):
 def test_a_recipe_is_flag_values_and_a_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", "batch_size", "augment"}
+    assert changed == {"recipe", "batch_size", "augment", "group_norm"}
     own = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert own.batch_size == 64 and own.augment and own.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
@@ -202,7 +202,7 @@ def test_fid_is_measured_and_the_best_average_kept(dataroot, tmp_path, weights):
         run(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
 
 
-@pytest.mark.parametrize("flags", [[], ["--augment"]])
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
 def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
     run(dataroot, tmp_path / "whole", "--epochs", 2, *flags)
     run(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
@@ -213,7 +213,8 @@ def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
 @pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])
 def test_killed_training_goes_on_bit_for_bit(tmp_path, precision, processes, number):
     """The short form of tests/kill_train.py, once, while a file is being written."""
-    torn = kill(tmp_path, 1, ["--epochs", 14, "--precision", precision, "--augment"], processes, number)
+    flags = ["--epochs", 14, "--precision", precision, "--augment", "--group-norm"]
+    torn = kill(tmp_path, 1, flags, processes, number)
     assert torn == (number == signal.SIGKILL)
 
 
