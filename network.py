@@ -88,7 +88,7 @@ class ConvTransposeFrom4x4(nn.ConvTranspose2d):
     """ConvTranspose2d(B, C, 4, 2, 1), as fast as can be for small maps: (N,B,H,W) -> (N,C,2H,2W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if not x.is_cpu:
             return super().forward(x)
         # (N,H,W,4,4,C): each pixel draws 4x4 of them, from the one above and left of its own 2x2 on.
         drawn = (x.permute(0, 2, 3, 1) @ self.weight.permute(0, 2, 3, 1).flatten(1)).unflatten(3, (4, 4, -1))
@@ -100,7 +100,7 @@ class ConvTo4x4(nn.Conv2d):
     """Conv2d(B, C, 4, 2, 1), as fast as can be for small maps: (N,B,H,W) -> (N,C,H/2,W/2)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if not x.is_cpu:
             return super().forward(x)
         # Squares of 2x2 pixels, (N,H/2+1,W/2+1,2,2,B): a pixel of the result sees two by two of them.
         seen = pad(x, [1] * 4).permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
