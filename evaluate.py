@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from dataloader import DataGenerater, find_images, fingerprint, image_grid, save_image
 from generator import TRAINED, default_params, load_generator, sample
-from inception import DEFAULT_RESIZE, DTYPES, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
+from inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
 from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
-from network import Generator, join_ranks, rank_and_world_size
+from network import DTYPES, Generator, join_ranks, rank_and_world_size
 from preprocess import Formatter, atomic_write, natural
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers

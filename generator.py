@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataloader import image_grid, save_animation, save_image, to_uint8
-from network import Generator, generator_from_state_dict, latents, load_tensors, pick_device
+from network import DTYPES, Generator, generator_from_state_dict, latents, load_tensors, pick_device
 from preprocess import PNG, Formatter, natural
 
 FRAMES = 24  # of the morph from one seed to the next
@@ -35,17 +35,17 @@ def default_params() -> Path:
     return PRETRAINED
 
 
-def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Generator:
-    """The generator in `path`, ready to draw (eval mode, float32). Raises SystemExit naming the file otherwise."""
+def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
+    """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises SystemExit naming the file."""
     state = load_tensors(path, "make one with `python train.py`, or pass another to --params")
-    return generator_from_state_dict(state, path).to(device, memory_format=torch.channels_last)
+    return generator_from_state_dict(state, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def draw(netG: Generator, z: torch.Tensor) -> torch.Tensor:
     """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1). Raises SystemExit when the device's memory is full."""
     try:
-        return to_uint8(netG(z.to(next(netG.parameters()).device))).cpu().contiguous()
+        return to_uint8(netG(z.to(next(netG.parameters())))).cpu().contiguous()
     except torch.OutOfMemoryError:
         raise SystemExit("error: the device is out of memory; lower --batch-size") from None
 
@@ -112,6 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grid", action="store_true", help="also one picture of all faces: grid.png")
     add("--interpolate", action="store_true", help="also a morph through the first 8 seeds: interpolation.gif")
     add("--batch-size", type=natural(1), default=128, help="faces drawn at a time")
+    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster where the hardware is made for it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="replace pictures of the same names in --outdir")
     return parser.parse_args(argv)
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.params = args.params or default_params()
-    netG = load_generator(args.params, pick_device(args.device))
+    netG = load_generator(args.params, pick_device(args.device), args.precision)
     targets = [face_path(args.outdir, seed) for seed in args.seeds]
     targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate
     there = next((path for path in targets if path.exists()), None)

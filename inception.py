@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from network import check_tensors, load_tensors
+from network import DTYPES, check_tensors, load_tensors
 
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
 URLS = {
@@ -38,7 +38,6 @@ CLASSES = {"torchvision": 1000, "tf2015": 1008}  # all other shapes of the two a
 # and whoever takes torchvision's network, by PyTorch.
 DEFAULT_RESIZE = {"torchvision": "bilinear", "tf2015": "tf"}
 RESIZES = ("bilinear", "tf", "clean")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Features(nn.Module):

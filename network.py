@@ -21,6 +21,8 @@ import torch.distributed.nn  # before there is a group: its default arguments wo
 from torch import nn
 from torch.nn.functional import linear, pad
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that --precision has
+
 
 class Generator(nn.Module):
     """Turns latents (N,nz,1,1), drawn from N(0,1), into images (N,3,image_size,image_size) in [-1,1].
@@ -102,11 +104,21 @@ class ConvTo4x4(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
             return super().forward(x)
-        # Squares of 2x2 pixels, (N,H/2+1,W/2+1,2,2,B): a pixel of the result sees two by two of them.
-        seen = pad(x, [1] * 4).permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-        seen = torch.stack((seen[:, :, :-1], seen[:, :, 1:]), 4)
-        seen = torch.stack((seen[:, :-1], seen[:, 1:]), 3)  # (N,H/2,W/2,2,2,2,2,B)
+        squares = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N,H/2,2,W/2,2,B)
+        columns = add_neighbours(squares, 3, 4)  # (N,H/2,2,W/2,4,B)
+        seen = add_neighbours(columns, 1, 3)  # (N,H/2,W/2,4,4,B): the 4x4 that each pixel of the result sees
         return linear(seen.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+
+
+def add_neighbours(pairs: torch.Tensor, along: int, which: int) -> torch.Tensor:
+    """The two pixels after dim `along` become four, dim `which`: between one of the pair before and one of that after.
+
+    Beyond the border there are zeros. What add_overlaps does, backwards.
+    """
+    first, second = pairs.unbind(along + 1)
+    others = [0, 0] * (first.dim() - 1 - along)
+    above, below = pad(second, [*others, 1, -1]), pad(first, [*others, -1, 1])
+    return torch.stack((above, first, second, below), which)
 
 
 def add_overlaps(drawn: torch.Tensor, along: int, which: int) -> torch.Tensor:

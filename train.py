@@ -14,6 +14,7 @@ training.gif; with --eval-every also generator_best.params (the average that had
 
 import argparse
 import copy
+import ctypes
 import json
 import os
 import re
@@ -183,6 +184,17 @@ def finish(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the training
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: it gives large blocks back, and gets them anew, zeroed, in each step.
+
+    That costs up to a tenth of the time of a CPU. Elsewhere (Windows, macOS, musl) nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -397,6 +409,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic  # tries its algorithms once: shapes never change
+    if device.type == "cpu":
+        keep_freed_memory()
     state, log, score = make_state(args, device), None, None
     if args.eval_every:
         from evaluate import make_scorer  # torchvision and SciPy take seconds to import

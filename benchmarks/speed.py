@@ -170,6 +170,7 @@ def images_per_second(loop: Tutorial | Ours, steps: int, batch_size: int) -> flo
             loop.step()
         wait_for(loop.device)
 
+    time.sleep(1)  # the other loop's workers have read ahead all they may, and take no time from this one
     return rate(steps * batch_size, run)
 
 
@@ -192,16 +193,20 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 3072) -> flo
     return statistics.median(rate(2 * n**3, product) for _ in range(5))
 
 
+def precisions(device: torch.device) -> list[str]:
+    """fp32, and bf16 where there are units for it."""
+    return sorted({"fp32", train.pick_precision("auto", device)}, reverse=True)
+
+
 def measure_training(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     rows, batch = [], args.batch_size
-    precisions = {"fp32": torch.float32}
-    if train.pick_precision("auto", args.device) == "bf16":
-        precisions["bf16"] = torch.bfloat16
-    else:
+    if "bf16" not in precisions(args.device):
         rows.append("| training at 64x64, bf16 | not measured: no bf16 units here | | | >= 4 | |")
     dataset = DataGenerater(dataroot / "64" / "train", 64, in_memory=True)
     flops = flops_per_image(dataset, args.device, 64)
-    for precision, dtype in precisions.items():
+    if args.device.type == "cpu":
+        train.keep_freed_memory()  # the tutorial's loop has it too: there is one process
+    for precision in precisions(args.device):
         ours, tutorial = Ours(dataset, args.device, batch, precision), Tutorial(photos, args.device, batch)
         ours.waited = 0.0
         found = in_turn(
@@ -210,7 +215,7 @@ def measure_training(args: argparse.Namespace, photos: Path, dataroot: Path) -> 
             reference=partial(images_per_second, tutorial, args.steps, batch),
         )
         stall = ours.waited / (args.rounds * args.steps * batch / found["ours"])
-        best = matmul_flops(args.device, dtype) / flops
+        best = matmul_flops(args.device, network.DTYPES[precision]) / flops
         goal = 10 if args.device.type == "cuda" else 1.4 if precision == "fp32" else 4
         rows.append(
             f"| training at 64x64, {precision}, batch {batch} | {found['ours']:,.1f} img/s | {found['reference']:,.1f} "
@@ -296,10 +301,14 @@ def measure_preprocess(args: argparse.Namespace, photos: Path, dataroot: Path) -
 
 
 def measure_generation(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
+    return [generation(args, precision) for precision in precisions(args.device)]
+
+
+def generation(args: argparse.Namespace, precision: str) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder, runs = Path(name), iter(range(10**9))
         torch.save(network.Generator().state_dict(), folder / "g.params")
-        netG = generator.load_generator(folder / "g.params", args.device)
+        netG = generator.load_generator(folder / "g.params", args.device, precision)
         reference = plain(network.Generator()).to(args.device).eval()
         faces = next(generator.sample(netG, range(64)))
 
@@ -311,7 +320,7 @@ def measure_generation(args: argparse.Namespace, photos: Path, dataroot: Path) -
 
         def ours():
             flags = ["--params", folder / "g.params", "--outdir", folder / f"faces{next(runs)}"]
-            flags += ["--device", args.device, "--seeds", f"0-{args.faces - 1}"]
+            flags += ["--device", args.device, "--seeds", f"0-{args.faces - 1}", "--precision", precision]
             generator.main([*map(str, flags)])
 
         def forward():
@@ -328,11 +337,11 @@ def measure_generation(args: argparse.Namespace, photos: Path, dataroot: Path) -
             forward=partial(rate, args.faces, forward),
             encode=partial(rate, args.faces // 64 * 64, encode),
         )
-    return [
-        f"| generation to PNG at 64x64 | {found['ours']:,.0f} img/s | {found['reference']:,.0f} img/s: one at a time "
-        f"| {found['ours'] / found['reference']:.2f} | >= 5 | {found['forward']:,.0f} img/s: forward pass alone; "
-        f"{found['encode']:,.0f} img/s: PNG encoding alone |"
-    ]
+    return (
+        f"| generation to PNG at 64x64, {precision} | {found['ours']:,.0f} img/s | {found['reference']:,.0f} img/s: "
+        f"one at a time | {found['ours'] / found['reference']:.2f} | >= 5 | {found['forward']:,.0f} img/s: forward "
+        f"pass alone; {found['encode']:,.0f} img/s: PNG encoding alone |"
+    )
 
 
 def start_once(dataroot: Path, device: torch.device, *flags) -> tuple[float, float, float]:
@@ -454,7 +463,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--batch-size", type=natural(2), default=128, help="of the training")
     add("--batches", type=natural(2), nargs="+", default=[32, 64, 128, 256, 512, 1024], help="sizes for the picture")
-    add("--steps", type=natural(1), default=3, help="of each training in each round; 200 suit a GPU")
+    add("--steps", type=natural(1), default=12, help="of each training in each round; 200 suit a GPU")
     add("--rounds", type=natural(1), default=3, help="of everything, for the medians")
     add("--faces", type=natural(64), default=1024, help="to generate")
     add("--celeba", type=natural(0), default=202_599, help="images of the memory measurement; 0: none")

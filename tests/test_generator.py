@@ -90,6 +90,17 @@ def test_pretrained(size):
     assert faces.shape == (16, 3, size, size) and faces.std(0).mean() > 20 and faces.std((2, 3)).mean() > 20
 
 
+def test_bf16_draws_the_same_faces(tmp_path):
+    for precision in ("fp32", "bf16"):
+        flags = ["--params", str(generator.PRETRAINED), "--seeds", "0-7", "--precision", precision]
+        generator.main([*flags, "--outdir", str(tmp_path / precision)])
+    fp32, bf16 = (
+        np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / precision).iterdir())])
+        for precision in ("fp32", "bf16")
+    )
+    assert (fp32 != bf16).any() and abs(fp32 - bf16).mean() < 0.5  # of 255
+
+
 def test_nothing_is_overwritten_unasked(params, run_script, refused):
     assert run_script("generator.py", "--params", params, "--seeds", "3").returncode == 0
     refused(run_script("generator.py", "--params", params, "--seeds", "3"), "00000003.png", "--overwrite")
