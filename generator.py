@@ -8,6 +8,7 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,20 +58,18 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
 
 
 def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
-    """One PNG a seed. Threads encode one batch, outside the interpreter's lock, while the next is drawn."""
+    """One PNG a seed. Threads, one a core, encode their share of a batch outside the interpreter's lock."""
 
-    def save(seed: int, image: torch.Tensor) -> None:
-        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
+    def save(faces: list[tuple[torch.Tensor, int]]) -> None:
+        for image, seed in faces:
+            save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
 
-    pending, left = [], iter(seeds)
-    with ThreadPoolExecutor() as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
-        for images in batches:
-            for done in pending:
-                done.result()
-            pending = [pool.submit(save, seed, image) for image, seed in zip(images, left)]
+    left, workers = iter(seeds), os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
+        for images in batches:  # not beside drawing: on a CPU, that has all cores itself
+            faces = list(zip(images, left))
+            list(pool.map(save, [faces[i::workers] for i in range(workers)]))
             bar.update(len(images))
-        for done in pending:
-            done.result()
 
 
 def face_path(outdir: Path, seed: int) -> Path:
