@@ -167,19 +167,17 @@ def test_bf16_tracks_fp32(dataroot):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
 def test_freed_memory_is_kept():
-    """A block of 64 MiB has 16,384 pages, new each time without it; with it a later one finds some to use again."""
+    """A block of 64 MiB has 16,384 pages, new ones without it; with it, those of the larger one that was freed."""
     script = """
 import resource, torch, train
 train.keep_freed_memory()
-faults = []
-for _ in range(8):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**26, dtype=torch.uint8)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+torch.ones(2**27, dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**26, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100
+    assert int(done.stdout) < 1000
 
 
 def test_outputs(dataroot, tmp_path):
