@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from preprocess import atomic_write, printable
+from preprocess import atomic_write, count_cores, printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHUNK = 128  # images that a decoding process hands over at a time
@@ -110,7 +110,7 @@ class DataGenerater(Dataset):
         """Decodes every file once, with all cores, and keeps the pixels from then on."""
         # Processes: Pillow holds the interpreter's lock while it decodes, so that threads take turns.
         several = len(self) > 8 * CHUNK and can_start_workers()
-        workers = min(os.cpu_count(), 16) if several else 0
+        workers = min(count_cores(), 16) if several else 0
         loader = DataLoader(self, CHUNK, collate_fn=_as_it_is, num_workers=workers)
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
         with tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None) as bar:

@@ -8,7 +8,6 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from dataloader import image_grid, save_animation, save_image, to_uint8
 from network import DTYPES, Generator, generator_from_state_dict, latents, load_tensors, pick_device
-from preprocess import PNG, Formatter, natural
+from preprocess import PNG, Formatter, count_cores, natural
 
 FRAMES = 24  # of the morph from one seed to the next
 TRAINED = Path("runs/64/generator.params")
@@ -64,7 +63,7 @@ def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Pa
         for image, seed in faces:
             save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
 
-    left, workers = iter(seeds), os.cpu_count() or 1
+    left, workers = iter(seeds), count_cores()
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
         for images in batches:  # not beside drawing: on a CPU, that has all cores itself
             faces = list(zip(images, left))

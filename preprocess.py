@@ -426,8 +426,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return action.help if without else super()._get_help_string(action)
 
 
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("src", nargs="?", type=Path, metavar="SRC", help="folder of photos (recursively) or a .zip")
@@ -439,7 +443,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demo", type=natural(1), metavar="N", help="draw N faces instead of reading SRC")
     add("--seed", type=natural(0), default=0, help="of the faces that --demo draws")
     add("--download", action="store_true", help="fetch CelebA instead of reading SRC")
-    add("--workers", type=natural(0), default=cores, help="processes; 0 works in this one")
+    add("--workers", type=natural(0), default=count_cores(), help="processes; 0 works in this one")
     args = parser.parse_args(argv)
     args.sizes = sorted(set(args.sizes))
     return args
