@@ -37,7 +37,7 @@ VARIANTS = {
     "report": "",
     "batch 16": "--batch-size 16",
     "augment": "--augment",
-    "batch 16, augment": "--recipe best --no-group-norm",
+    "batch 16, augment": "--batch-size 16 --augment",
     "best": "--recipe best",
 }
 PARAMS = {"average": "generator.params", "last iterate": "generator_raw.params"}

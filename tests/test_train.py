@@ -99,7 +99,7 @@ class Constant(nn.Module):
 def test_a_recipe_is_flag_values_and_a_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", "batch_size", "augment", "group_norm"}
+    assert changed == {"recipe", "batch_size", "augment", "group_norm", "ema"}
     own = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert own.batch_size == 64 and own.augment and own.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
