@@ -30,7 +30,7 @@ from checkpoint import CHECKPOINTS, read_log
 from dataloader import DataGenerater, augment, image_grid, make_loader, save_image, to_float
 from generator import load_generator, sample
 from network import Discriminator, Generator, load_tensors, step_generator, step_latents
-from preprocess import Formatter, atomic_write, natural
+from preprocess import Formatter, atomic_write, count_cores, natural
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -46,7 +46,7 @@ JUDGED = 1600  # images of each kind that D is asked about
 
 def python(script: str, flags: list, args: argparse.Namespace, log: Path) -> None:
     """Runs a script of this repository with its share of the cores. Raises SystemExit when it fails."""
-    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} | os.environ
+    environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // args.jobs))} | os.environ
     command = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
     with log.open("a") as file:
         done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)

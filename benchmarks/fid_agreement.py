@@ -28,6 +28,7 @@ import evaluate
 from dataloader import DataGenerater, find_images
 from inception import LAST_LAYER, load_inception
 from metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
+from preprocess import count_cores
 
 PORT = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid looks for its weights
 
@@ -240,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dims", type=int, nargs="+", choices=LAST_LAYER, default=list(LAST_LAYER), help="numbers of features")
     add("--rounds", type=evaluate.natural(1), default=3, help="of the speed measurement, of which the best counts")
     add("--batch-size", type=evaluate.natural(1), default=16, help="of ours; pytorch-fid has its own default, 50")
-    add("--threads", type=evaluate.natural(1), default=os.cpu_count(), help="of torch")
+    add("--threads", type=evaluate.natural(1), default=count_cores(), help="of torch")
     add("--hardware", default="unknown hardware", help="a word on it, for the file")
     add("--markdown", type=Path, help="file for the tables")
     return parser.parse_args(argv)

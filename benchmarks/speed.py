@@ -296,7 +296,7 @@ def pil_loop(target: Path, path_and_size: tuple[str, int]) -> None:
 
 def measure_preprocess(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     files = sorted(str(path) for path in photos.rglob("*.jpg"))
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(preprocess.count_cores()) as pool:
         folder = Path(name)
         for size in (64, 128):
             (folder / "reference" / str(size)).mkdir(parents=True)
