@@ -8,6 +8,7 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 """
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from dataloader import image_grid, save_animation, save_image, to_uint8
 from network import DTYPES, Generator, generator_from_state_dict, latents, load_tensors, pick_device
-from preprocess import PNG, Formatter, count_cores, natural
+from preprocess import PNG, Formatter, atomic_write, count_cores, natural
 
 FRAMES = 24  # of the morph from one seed to the next
 TRAINED = Path("runs/64/generator.params")
@@ -57,18 +58,22 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
 
 
 def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
-    """One PNG a seed. Threads, one a core, encode their share of a batch outside the interpreter's lock."""
-
-    def save(faces: list[tuple[torch.Tensor, int]]) -> None:
-        for image, seed in faces:
-            save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), face_path(outdir, seed), **PNG)
-
-    left, workers = iter(seeds), count_cores()
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(seeds), desc="faces", unit="img", disable=None) as bar:
+    """One PNG a seed. Threads encode, one a core, and this one writes: they would wait for each other at the folder."""
+    left = iter(seeds)
+    bar = tqdm(total=len(seeds), desc="faces", unit="img", disable=None)
+    with ThreadPoolExecutor(count_cores()) as pool, bar:
         for images in batches:  # not beside drawing: on a CPU, that has all cores itself
-            faces = list(zip(images, left))
-            list(pool.map(save, [faces[i::workers] for i in range(workers)]))
+            for png, seed in zip(pool.map(encode_png, images), left):
+                with atomic_write(face_path(outdir, seed)) as file:
+                    file.write(png)
             bar.update(len(images))
+
+
+def encode_png(image: torch.Tensor) -> memoryview:
+    """The PNG file of an image uint8 (3,S,S)."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", **PNG)
+    return file.getbuffer()
 
 
 def face_path(outdir: Path, seed: int) -> Path:
