@@ -15,6 +15,7 @@ import argparse
 import errno
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -413,7 +414,20 @@ def natural(minimum: int):
     def number(text: str) -> int:
         if int(text) < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        if int(text) >= 2**48:  # torch's seeds have 64 bits, and some flags are added up or multiplied
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return int(text)
+
+    return number
+
+
+def real(below: float = math.inf):
+    """An argparse type: a number of at least 0 and less than `below`."""
+
+    def number(text: str) -> float:
+        if not 0 <= float(text) < below:  # so NaN is refused too
+            raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below {below:g}")
+        return float(text)
 
     return number
 

@@ -335,19 +335,19 @@ def save(state: State, args: argparse.Namespace, log, epoch: int, device: torch.
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
-    add, natural = parser.add_argument, preprocess.natural
+    add, natural, real = parser.add_argument, preprocess.natural, preprocess.real
     add("--recipe", choices=RECIPES, default="report", help=f"named flags; best: {RECIPES['best']}")
     add("--image-size", type=int, choices=NETWORKS, default=64, help="side of the faces")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
     add("--epochs", type=natural(1), default=5, help="passes over the training images")
     add("--batch-size", type=natural(2), default=128, help="real images a step, over all processes")
-    add("--lr", type=float, default=2e-4, help="learning rate of both Adams")
-    add("--beta1", type=float, default=0.5, help="first momentum of both Adams")
+    add("--lr", type=real(), default=2e-4, help="learning rate of both Adams")
+    add("--beta1", type=real(1), default=0.5, help="first momentum of both Adams")
     add("--nz", type=natural(1), default=100, help="length of a latent")
     add("--ngf", type=natural(1), default=64, help="channels of G before its last layer")
     add("--ndf", type=natural(1), default=64, help="channels of D after its first layer")
-    add("--ema", type=float, default=0.999, help="decay of the average of G; 0: no average")
+    add("--ema", type=real(1), default=0.999, help="decay of the average of G; 0: no average")
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="show D other colours and shifts")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="in D, in place of BatchNorm")
     add("--self-modulation", action=argparse.BooleanOptionalAction, default=False, help="latents for each block of G")
@@ -359,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--deterministic", action="store_true", help="the same bits from the same seed on a GPU too, at some speed")
     add("--checkpoint-every", type=natural(0), default=0, help="steps between checkpoints; 0: after each epoch only")
     add("--eval-every", type=natural(0), default=0, metavar="N", help="epochs between FIDs of the average; 0: none")
-    add("--eval-flags", default="", help='of evaluate.py, for these: "--inception tf2015 --num 2000"')
+    add("--eval-flags", type=shlex.split, default="", help='of evaluate.py, for these: "--inception tf2015 --num 2000"')
     add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
     add("--demo", action="store_true", help="draw faces if need be, and train on them for some minutes")
     argv = sys.argv[1:] if argv is None else argv
@@ -417,7 +417,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
     if args.eval_every:
         from evaluate import make_scorer  # torchvision and SciPy take seconds to import
 
-        flags = ["--dataroot", str(args.dataroot), *shlex.split(args.eval_flags)]
+        flags = ["--dataroot", str(args.dataroot), *args.eval_flags]
         score = make_scorer(flags, args.image_size, device)
     try:
         if args.resume:

@@ -489,6 +489,12 @@ def test_no_checkpoint_once_a_loss_is_no_number(dataroot, tmp_path, trained, mon
     (("--image-size", "65"), ["--image-size"]),
     (("--device", "cuda:99"), ["--device"]),
     (("--outdir", "/proc/none"), ["--outdir"]),
+    (("--lr", "-1"), ["--lr", "-1 is not"]),
+    (("--lr", "nan"), ["--lr"]),
+    (("--beta1", "1"), ["--beta1", "below 1"]),
+    (("--ema", "2"), ["--ema", "below 1"]),
+    (("--seed", "9" * 30), ["--seed", "too large"]),
+    (("--eval-every", "1", "--eval-flags", "--weights 'w"), ["--eval-flags"]),
 ])
 def test_bad_input(dataroot, run_script, refused, flags, words):
     refused(run_script("train.py", *SMALL, "--dataroot", dataroot, *flags), *words)
