@@ -349,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     train_path = train_folder(real_path)
     if args.neighbours and not train_path:
         raise SystemExit(f"error: --neighbours needs a folder train beside {real_path}; give another --real")
+    if real_path.suffix != ".npz":
+        find_images(real_path)  # whoever has none yet should not wait for a download to be told so
     net, facts = None, {}
     if any(path is None or path.suffix != ".npz" for path in (real_path, args.images)):
         net, facts = load_net(args, device, size)

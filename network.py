@@ -195,7 +195,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # meta, of which there is none on any machine, fails only here
     except (RuntimeError, AssertionError, NotImplementedError):
         raise SystemExit(f"error: --device {name} is not on this machine; use --device auto or cpu") from None
     return device

@@ -178,6 +178,7 @@ def test_processes_share_the_images(run, dataroot, weights, generator, tmp_path)
     (("--images", "mixed", "--real", "two"), ["b.png is 32x32"]),
     (("--images", "broken", "--real", "two"), ["a.png", "cannot be read"]),
     (("--images", "one"), ["64", "test", "preprocess.py"]),
+    (("--images", "one", "--weights", "nowhere"), ["64", "test", "preprocess.py"]),
     (("--images", "one", "--real", "one"), ["1 images"]),
     (("--images", "one", "--real", "two", "--num", "9"), ["--num is 9", "1 images"]),
     (("--images", "one", "--real", "small"), ["resolution is 32"]),

@@ -111,6 +111,7 @@ def test_nothing_is_overwritten_unasked(params, run_script, refused):
     (("--params", "nowhere"), ["nowhere", "train.py"]),
     (("--seeds", "5-3"), ["--seeds", "5-3"]),
     (("--device", "cuda:99"), ["--device", "cuda:99"]),
+    (("--device", "meta"), ["--device", "meta"]),
     (("--outdir", "generator.params/x"), ["--outdir"]),
 ])
 def test_bad_input(params, run_script, refused, flags, words):
