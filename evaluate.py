@@ -153,9 +153,9 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
     where it is left out. Raises SystemExit as main() does, before anything is trained.
     """
     args = parse_args(flags)
-    net, facts = load_net(args, device, image_size)
     folder = args.real or args.dataroot / str(image_size) / "test"
     num = min(args.num or 1000, len(find_images(folder)))
+    net, facts = load_net(args, device, image_size)
     real = side_of_folder(folder, net, facts, args, num)
 
     def score(netG: Generator) -> float:
