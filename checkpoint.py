@@ -26,7 +26,7 @@ from preprocess import atomic_write, printable
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 # What has to be the same for a resumed training to be the same training.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
-FIXED += ("self_modulation", "precision", "seed", "data_sha256")
+FIXED += ("precision", "seed", "data_sha256")
 
 
 @dataclass

@@ -28,11 +28,10 @@ class Generator(nn.Module):
     """Turns latents (N,nz,1,1), drawn from N(0,1), into images (N,3,image_size,image_size) in [-1,1].
 
     `ngf` is the number of channels before the last layer; every block further from the image has twice as many.
-    `image_size` is a power of two; 64 gives four blocks, each size above it one more. With `self_modulation`, all
-    blocks see the latents, not the first alone.
+    `image_size` is a power of two; 64 gives four blocks, each size above it one more.
     """
 
-    def __init__(self, nz: int = 100, ngf: int = 64, image_size: int = 64, self_modulation: bool = False):
+    def __init__(self, nz: int = 100, ngf: int = 64, image_size: int = 64):
         super().__init__()
         self.nz, self.ngf, self.image_size = nz, ngf, image_size
         channels = [ngf * 2**i for i in reversed(range(count_blocks(image_size)))]
@@ -41,34 +40,12 @@ class Generator(nn.Module):
             # The first block sees a 1x1 map and makes it 4x4; the others double it.
             block = (ConvTransposeFrom1x1, ConvTransposeFrom4x4, nn.ConvTranspose2d)[min(i, 2)]
             stride, padding = (1, 0) if i == 0 else (2, 1)
-            norm = ModulatedBatchNorm(out, nz) if self_modulation and i > 0 else nn.BatchNorm2d(out)
-            layers += [block(previous, out, 4, stride, padding, bias=False), norm, nn.ReLU(inplace=True)]
+            layers += [block(previous, out, 4, stride, padding, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, 3, 4, 2, 1, bias=False), nn.Tanh())
         self.apply(init_weights)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = z
-        for layer in self.main:
-            x = layer(x, z) if isinstance(layer, ModulatedBatchNorm) else layer(x)
-        return x
-
-
-class ModulatedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm, of which each image has its own scale and shift: those of all, and what its latents add to them.
-
-    From Chen, Lucic, Houlsby, Gelly, "On Self Modulation for Generative Adversarial Networks", 2019, with a linear map
-    of the latents. It is zero at first, so that training begins as with BatchNorm.
-    """
-
-    def __init__(self, channels: int, nz: int):
-        super().__init__(channels)
-        self.modulation = nn.Linear(nz, 2 * channels, bias=False)
-        nn.init.zeros_(self.modulation.weight)
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Normalises `x` (N,channels,H,W) for latents `z` (N,nz,1,1)."""
-        scale, shift = self.modulation(z.flatten(1))[:, :, None, None].chunk(2, 1)
-        return torch.addcmul(shift, super().forward(x), 1 + scale)
+        return self.main(z)
 
 
 class Discriminator(nn.Module):
@@ -287,9 +264,8 @@ def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
     if kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
         raise SystemExit(f"error: {path} holds a discriminator, not a generator; {remedy}")
     nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
-    self_modulation = any(name.endswith("modulation.weight") for name in state)
     with torch.device("meta"):  # no memory is taken before the shapes have been compared
-        netG = Generator(nz, ngf, image_size, self_modulation)
+        netG = Generator(nz, ngf, image_size)
     expected = netG.state_dict()
     check_tensors(state, expected, path, "a DCGAN generator", remedy)
     extra = [name for name in state if name not in expected]

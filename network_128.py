@@ -12,12 +12,12 @@ import network
 class Generator(network.Generator):
     """Turns latents (N,nz,1,1) into images (N,3,128,128) in [-1,1]; 12,786,560 parameters at the defaults."""
 
-    def __init__(self, nz: int = 100, ngf: int = 64, self_modulation: bool = False):
-        super().__init__(nz, ngf, 128, self_modulation)
+    def __init__(self, nz: int = 100, ngf: int = 64):
+        super().__init__(nz, ngf, image_size=128)
 
 
 class Discriminator(network.Discriminator):
     """Gives images (N,3,128,128) a probability (N,1,1,1) of being real; 11,164,416 parameters at the defaults."""
 
     def __init__(self, ndf: int = 64, group_norm: bool = False):
-        super().__init__(ndf, 128, group_norm)
+        super().__init__(ndf, image_size=128, group_norm=group_norm)

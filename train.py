@@ -62,7 +62,7 @@ NETWORKS = {64: network, 128: network_128}
 NO_CHANGE = (None, None, None)  # by augment()
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 # Flags by a name; benchmarks/ablation.md says what each is worth.
-RECIPES = {"report": "", "best": "--batch-size 16 --augment --group-norm --self-modulation --ema 0.9998"}
+RECIPES = {"report": "", "best": "--batch-size 16 --augment --group-norm --ema 0.9998"}
 # A narrow D: the full one soon tells drawn faces from generated ones too well for G to learn in so few steps.
 DEMO = "--dataroot data/demo --outdir runs/demo --ndf 32 --batch-size 16 --epochs 6 --ema 0.99"
 
@@ -71,8 +71,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
     """Fresh networks, their average and optimisers; the same for the same seed."""
     torch.manual_seed(args.seed)
     nets = NETWORKS[args.image_size]
-    netG = nets.Generator(args.nz, args.ngf, self_modulation=args.self_modulation)
-    netG.to(device, memory_format=torch.channels_last)
+    netG = nets.Generator(args.nz, args.ngf).to(device, memory_format=torch.channels_last)
     netD = nets.Discriminator(args.ndf, group_norm=args.group_norm).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(netG).requires_grad_(False).eval()
     adams = [torch.optim.Adam(net.parameters(), args.lr, (args.beta1, 0.999), fused=True) for net in (netG, netD)]
@@ -350,7 +349,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=real(1), default=0.999, help="decay of the average of G; 0: no average")
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="show D other colours and shifts")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="in D, in place of BatchNorm")
-    add("--self-modulation", action=argparse.BooleanOptionalAction, default=False, help="latents for each block of G")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 by autocast, or fp32")
     add("--compile", action="store_true", help="compile the networks: slower to start, then faster")
     add("--workers", type=natural(0), default=2, help="reading processes, where the images do not fit in memory")

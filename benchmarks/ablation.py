@@ -91,7 +91,7 @@ def judge(outdir: Path, args: argparse.Namespace) -> dict[str, float]:
     """
     checkpoint = load_tensors(outdir / CHECKPOINTS[0], "train this variant again")
     flags = argparse.Namespace(**checkpoint["fixed"])
-    netG = Generator(flags.nz, flags.ngf, flags.image_size, flags.self_modulation)
+    netG = Generator(flags.nz, flags.ngf, flags.image_size)
     netD = Discriminator(flags.ndf, flags.image_size, flags.group_norm)
     netG.load_state_dict(checkpoint["netG"])
     netD.load_state_dict(checkpoint["netD"])

@@ -48,35 +48,6 @@ def test_with_group_norm_an_image_is_judged_by_itself(nets, ndf):
     assert not torch.allclose(batchwise(images, logits=True)[:2], batchwise(images[:2], logits=True), atol=1e-3)
 
 
-@pytest.mark.parametrize("nets", [network, network_128])
-def test_self_modulation_begins_as_none_and_is_read_off_the_weights(nets):
-    plain, netG, z = nets.Generator(7, 4), nets.Generator(7, 4, self_modulation=True), network.latents(range(3), 7)
-    layers = [layer for layer in netG.main if isinstance(layer, network.ModulatedBatchNorm)]
-    assert count(netG) == count(plain) + sum(7 * 2 * layer.num_features for layer in layers)
-    missing, unexpected = netG.load_state_dict(plain.state_dict(), strict=False)
-    assert len(missing) == len(layers) and not unexpected
-    assert torch.equal(netG(z), plain(z))
-    for layer in layers:
-        nn.init.normal_(layer.modulation.weight)
-    loaded = network.generator_from_state_dict(netG.state_dict(), "x.params")
-    assert not torch.allclose(netG.eval()(z), plain.eval()(z), atol=1e-2)
-    assert torch.allclose(loaded(z), netG(z), atol=1e-6)
-
-
-def test_modulated_batchnorm_by_hand():
-    layer, x, z = network.ModulatedBatchNorm(6, 5), torch.randn(4, 6, 3, 2), torch.randn(4, 5, 1, 1)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    out = layer(x.contiguous(memory_format=torch.channels_last), z)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    mean, spread = x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + layer.eps).sqrt()
-    for n in range(4):
-        added = layer.modulation.weight @ z[n, :, 0, 0]
-        for c in range(6):
-            common = layer.weight[c] * (x[n, c] - mean[c]) / spread[c] + layer.bias[c]
-            assert torch.allclose(out[n, c], common * (1 + added[c]) + added[6 + c], atol=1e-5)
-
-
 @pytest.mark.parametrize("net, index, shape", [
     (network.Generator(7, 4), 0, (5, 7, 1, 1)),
     (network.Generator(7, 4), 3, (5, 32, 4, 4)),

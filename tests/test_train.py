@@ -32,7 +32,7 @@ def run(dataroot, outdir, *flags):
     train.main([*SMALL, "--dataroot", str(dataroot), "--outdir", str(outdir), *map(str, flags)])
 
 
-@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--self-modulation"]])
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
 def test_20_steps_equal_a_plain_loop(dataroot, flags):
     """The fast step against the report's loop, written plainly: BCELoss, contiguous tensors, gradients everywhere.
 
@@ -99,7 +99,7 @@ class Constant(nn.Module):
 def test_a_recipe_is_flag_values_and_a_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", "batch_size", "augment", "group_norm", "self_modulation", "ema"}
+    assert changed == {"recipe", "batch_size", "augment", "group_norm", "ema"}
     own = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert own.batch_size == 64 and own.augment and own.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
@@ -218,7 +218,7 @@ def test_fid_is_measured_and_the_best_average_kept(dataroot, tmp_path, weights):
         run(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
 
 
-@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--self-modulation"]])
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
 def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
     run(dataroot, tmp_path / "whole", "--epochs", 2, *flags)
     run(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
@@ -229,7 +229,7 @@ def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
 @pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])
 def test_killed_training_goes_on_bit_for_bit(tmp_path, precision, processes, number):
     """The short form of tests/kill_train.py, once, while a file is being written."""
-    flags = ["--epochs", 14, "--precision", precision, "--augment", "--group-norm", "--self-modulation"]
+    flags = ["--epochs", 14, "--precision", precision, "--augment", "--group-norm"]
     torn = kill(tmp_path, 1, flags, processes, number)
     assert torn == (number == signal.SIGKILL)
 
