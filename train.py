@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.functional import softplus
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import network
@@ -120,11 +121,20 @@ def train_step(
 
 @torch.no_grad()
 def update_average(state: State, ema: float) -> None:
-    """Moves the average of G, BatchNorm statistics included, towards G. Short at first, so that few steps do too."""
+    """Moves the parameters of the average towards those of G. Short at first, so that few steps do too."""
     decay = min(ema, state.step / (state.step + 10))
-    mine, theirs = state.average.state_dict().values(), state.netG.state_dict().values()
-    pairs = [(a, b) for a, b in zip(mine, theirs) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+    torch._foreach_lerp_(list(state.average.parameters()), list(state.netG.parameters()), 1 - decay)
+
+
+def estimate_statistics(state: State, args: argparse.Namespace, device: torch.device, autocast: torch.autocast) -> None:
+    """Gives the average BatchNorm statistics of its own, from some 2,000 latents in batches of the training's size.
+
+    Those of G are wrong for it: weights that are averaged give maps of a smaller variance than each of them does
+    (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, section 3.2).
+    """
+    steps = range(state.step, state.step + max(1, 2048 // args.batch_size))
+    with autocast:
+        update_bn((network.step_latents(args.seed, i, args.batch_size, args.nz) for i in steps), state.average, device)
 
 
 def average_over_ranks(tensors: list[torch.Tensor]) -> None:
@@ -287,6 +297,8 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
             train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
+            if last:
+                estimate_statistics(state, args, device, autocast)
             if done % LOG_EVERY == 0 or last:
                 refuse_divergence(state, args)
                 fid = measure_fid(state, args, score, since) if last and due(epoch + 1, args) else None

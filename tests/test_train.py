@@ -140,11 +140,25 @@ def test_average_warms_up_and_does_not_touch_training():
             train.train_step(state, torch.zeros(8, 3, 64, 64), network.step_latents(0, step, 8, 8), EAGER, ema)
         runs[ema] = state
     assert_equal(runs[0].netG.state_dict(), runs[0.999].netG.state_dict())
-    last, average = runs[0.999].netG.state_dict(), runs[0.999].average.state_dict()
-    assert not torch.equal(last["main.1.running_var"], average["main.1.running_var"])
-    for name, tensor in runs[0].average.state_dict().items():
-        if tensor.is_floating_point():
-            assert torch.equal(tensor, last[name])  # --ema 0: the last iterate itself
+    last, average, none = (list(n.parameters()) for n in (runs[0].netG, runs[0.999].average, runs[0].average))
+    assert not any(map(torch.equal, average, last))
+    assert all(map(torch.equal, none, last))  # --ema 0: the last iterate itself
+
+
+def test_the_average_has_statistics_of_its_own():
+    """The first map is linear in latents of N(0,1): its variances are sums of squared weights. G's are not touched."""
+    args = small_args("--ema", "0.5")
+    state = train.make_state(args, torch.device("cpu"))
+    for step in range(3):
+        train.train_step(state, torch.zeros(8, 3, 64, 64), network.step_latents(0, step, 8, 8), EAGER, args.ema)
+    before = copy.deepcopy(state.netG.state_dict())
+    train.estimate_statistics(state, args, torch.device("cpu"), EAGER)
+    assert_equal(before, state.netG.state_dict())
+    assert not state.average.training
+    first, norm = state.average.main[0], state.average.main[1]
+    expected = first.weight.square().sum(0).mean((1, 2))
+    assert norm.running_var.tolist() == pytest.approx(expected.tolist(), rel=0.1)
+    assert (norm.running_mean / norm.running_var.sqrt()).abs().max() < 0.1
 
 
 def test_bf16_tracks_fp32(dataroot):
