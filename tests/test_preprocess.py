@@ -536,7 +536,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path, convert):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_full_disk(small_disk, run_script, refused, workers):
-    (small_disk / "filler").write_bytes(bytes(1_800_000))
+    (small_disk / "filler").write_bytes(bytes(3_900_000))
     done = run_script("preprocess.py", "--demo", 200, "--dataroot", small_disk, "--sizes", 64, "--workers", workers)
     refused(done, "cannot write", "No space left", "free some space")
     assert not list(small_disk.rglob("*.tmp"))
@@ -561,7 +561,7 @@ def test_atomic_write_of_a_name_of_255_bytes_and_what_torch_makes_of_a_full_disk
         pytest.raises(SystemExit, match="No space left"),
         preprocess.atomic_write(small_disk / "params", durable=True) as file,
     ):
-        torch.save(torch.zeros(10**6), file)
+        torch.save(torch.zeros(2 * 10**6), file)
     assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("params", b"before")]
 
 
