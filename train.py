@@ -127,12 +127,12 @@ def update_average(state: State, ema: float) -> None:
 
 
 def estimate_statistics(state: State, args: argparse.Namespace, device: torch.device, autocast: torch.autocast) -> None:
-    """Gives the average BatchNorm statistics of its own, from some 2,000 latents in batches of the training's size.
+    """Gives the average BatchNorm statistics of its own, from some 1,000 latents in batches of the training's size.
 
     Those of G are wrong for it: weights that are averaged give maps of a smaller variance than each of them does
     (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, section 3.2).
     """
-    steps = range(state.step, state.step + max(1, 2048 // args.batch_size))
+    steps = range(state.step, state.step + max(1, 1024 // args.batch_size))
     with autocast:
         update_bn((network.step_latents(args.seed, i, args.batch_size, args.nz) for i in steps), state.average, device)
 
