@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,10 @@ FIXED += ("precision", "seed", "data_sha256")
 
 @dataclass
 class State:
-    """All that a step changes. `totals` holds sums of loss_d, loss_g, D(x), D(G(z)) since the last row of the log."""
+    """All that a step changes. `totals` holds sums of loss_d, loss_g, D(x), D(G(z)) since the last row of the log.
+
+    `graph` is how the step is launched, where not as a plain function.
+    """
 
     netG: nn.Module
     netD: nn.Module
@@ -39,6 +43,7 @@ class State:
     optG: torch.optim.Optimizer
     optD: torch.optim.Optimizer
     totals: torch.Tensor
+    graph: Callable | None = None
     step: int = 0
 
     def parts(self) -> dict:

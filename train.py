@@ -22,7 +22,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,7 +59,7 @@ from dataloader import (
 )
 
 NETWORKS = {64: network, 128: network_128}
-NO_CHANGE = (None, None, None)  # by augment()
+Augmentation = torch.Tensor | None  # of a step: three times what augment() is told, or None
 LOG_EVERY = 20  # steps: the only moments at which the processor waits for the GPU
 # Flags by a name; benchmarks/ablation.md says what each is worth.
 RECIPES = {"report": "", "best": "--batch-size 16 --augment --group-norm --ema 0.9998"}
@@ -79,11 +78,23 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
     if args.compile:
         netG.compile()
         netD.compile()
-    return State(netG, netD, average, *adams, totals=torch.zeros(4, device=device))
+    state = State(netG, netD, average, *adams, totals=torch.zeros(4, device=device))
+    if device.type == "cuda" and not (args.compile or dist.is_initialized()):
+        state.graph = CudaGraph()
+    return state
 
 
 def train_step(
-    state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u: Sequence = NO_CHANGE
+    state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u: Augmentation = None
+) -> None:
+    """One step of D and one of G, by update_networks(), and one of the average."""
+    (state.graph or update_networks)(state, autocast, real, z, u)
+    state.step += 1
+    update_average(state, ema)
+
+
+def update_networks(
+    state: State, autocast: torch.autocast, real: torch.Tensor, z: torch.Tensor, u: Augmentation
 ) -> None:
     """One step of D and one of G on `real` (N,3,S,S) in [-1,1] and latents `z`, as in the DCGAN paper and the report.
 
@@ -92,6 +103,7 @@ def train_step(
     -log(1 - D) = softplus(x). So they keep a gradient where a probability has rounded to 0 or 1.
     """
     netG, netD = state.netG, state.netD
+    u = (None, None, None) if u is None else u  # as they are
     state.optD.zero_grad()
     with autocast:
         fake = netG(z)
@@ -115,8 +127,41 @@ def train_step(
     state.optG.step()
 
     state.totals += sums
-    state.step += 1
-    update_average(state, ema)
+
+
+class CudaGraph:
+    """update_networks(), recorded after some steps as it is, and from then on replayed by a single launch.
+
+    From Python, its hundreds of kernels take several times as long to launch as they take to run.
+    """
+
+    def __init__(self):
+        self.warm_up = 3  # steps: cuDNN tries its algorithms in the first, and the Adams make their moments
+        self.graph = self.inputs = None
+
+    def __call__(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
+        if self.warm_up:
+            self.warm_up -= 1
+            update_networks(state, autocast, *inputs)
+            return
+        if self.graph is None:
+            self.record(state, autocast, *inputs)
+        for kept, new in zip(self.inputs, inputs):
+            if kept is not None:
+                kept.copy_(new)
+        self.graph.replay()
+
+    def record(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
+        """Notes the kernels and the memory that they read and write; nothing is run."""
+        self.graph, self.inputs = torch.cuda.CUDAGraph(), [None if x is None else x.clone() for x in inputs]
+        groups = [*state.optD.param_groups, *state.optG.param_groups]
+        for group in groups:
+            group["capturable"] = True  # Adam asks for it here, and warns of it elsewhere
+        # Other threads may go on: where files are read, one of them pins the next batch.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            update_networks(state, autocast, *self.inputs)
+        for group in groups:
+            group["capturable"] = False
 
 
 @torch.no_grad()
@@ -293,7 +338,7 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
-            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else NO_CHANGE
+            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else None
             train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
@@ -362,7 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="show D other colours and shifts")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="in D, in place of BatchNorm")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 by autocast, or fp32")
-    add("--compile", action="store_true", help="compile the networks: slower to start, then faster")
+    add("--compile", action="store_true", help="compiled networks, no CUDA graph: slower to start, then faster")
     add("--workers", type=natural(0), default=2, help="reading processes, where the images do not fit in memory")
     add("--seed", type=natural(0), default=0, help="of weights, latents and order")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -419,6 +464,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world: int) -
     if fits_in_memory(len(dataset), args.image_size):
         dataset.decode_all()
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic  # tries its algorithms once: shapes never change
     if device.type == "cpu":

@@ -96,6 +96,20 @@ class Constant(nn.Module):
         return self.logit + 0 * images.mean((1, 2, 3), keepdim=True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--precision", "bf16"]])
+def test_a_cuda_graph_gives_the_bits_of_single_launches(dataroot, tmp_path, monkeypatch, flags):
+    """Also stopped and gone on with, which records it anew."""
+    flags = ["--device", "cuda", "--deterministic", *flags]
+    run(dataroot, tmp_path / "graph", "--epochs", 3, *flags)
+    run(dataroot, tmp_path / "resumed", "--epochs", 1, *flags)
+    run(dataroot, tmp_path / "resumed", "--epochs", 3, "--resume", *flags)
+    monkeypatch.setattr(train, "CudaGraph", lambda: None)
+    run(dataroot, tmp_path / "plain", "--epochs", 3, *flags)
+    assert_same_training(tmp_path / "graph", tmp_path / "plain")
+    assert_same_training(tmp_path / "resumed", tmp_path / "plain")
+
+
 def test_a_recipe_is_flag_values_and_a_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
