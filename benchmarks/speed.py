@@ -143,10 +143,13 @@ class TutorialApart(ProcessPoolExecutor):
     """The tutorial's loop in a process of its own, which has none of our settings."""
 
     def __init__(self, *arguments):
-        super().__init__(1, multiprocessing.get_context("spawn"), self.start, arguments)
+        here = multiprocessing.get_start_method()
+        super().__init__(1, multiprocessing.get_context("spawn"), self.start, (here, *arguments))
 
     @classmethod
-    def start(cls, *arguments) -> None:
+    def start(cls, start_method: str, *arguments) -> None:
+        # A spawned process spawns its own too: that would cost the loop's workers seconds an epoch.
+        multiprocessing.set_start_method(start_method, force=True)
         cls.loop = Tutorial(*arguments)
 
     @classmethod
