@@ -158,7 +158,7 @@ class CudaGraph:
         for group in groups:
             group["capturable"] = True  # Adam asks for it here, and warns of it elsewhere
         # Other threads may go on: where files are read, one of them pins the next batch.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(state.totals.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             update_networks(state, autocast, *self.inputs)
         for group in groups:
             group["capturable"] = False
