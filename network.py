@@ -183,11 +183,12 @@ def join_ranks(name: str) -> torch.device:
 
     They talk over NCCL about tensors on CUDA and over gloo about all others. Raises SystemExit as pick_device does.
     """
-    device = pick_device(name)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    device, several = pick_device(name), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL and CUDA graphs go by the current one
+    if several:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 

@@ -79,6 +79,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
         netG.compile()
         netD.compile()
     state = State(netG, netD, average, *adams, totals=torch.zeros(4, device=device))
+    # Neither what torch compiles nor NCCL was tried in a graph: there, each kernel is launched from Python.
     if device.type == "cuda" and not (args.compile or dist.is_initialized()):
         state.graph = CudaGraph()
     return state
@@ -136,13 +137,13 @@ class CudaGraph:
     """
 
     def __init__(self):
-        self.warm_up = 3  # steps: cuDNN tries its algorithms in the first, and the Adams make their moments
+        self.warm_up = 3  # steps; in the first, cuDNN tries its algorithms and the Adams make their moments
         self.graph = self.inputs = None
 
     def __call__(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
         if self.warm_up:
             self.warm_up -= 1
-            update_networks(state, autocast, *inputs)
+            update_networks(state, autocast, *inputs)  # nothing of it may outlive it: autograd keeps to its stream
             return
         if self.graph is None:
             self.record(state, autocast, *inputs)
@@ -153,12 +154,12 @@ class CudaGraph:
 
     def record(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
         """Notes the kernels and the memory that they read and write; nothing is run."""
-        self.graph, self.inputs = torch.cuda.CUDAGraph(), [None if x is None else x.clone() for x in inputs]
+        self.graph, self.inputs = torch.cuda.CUDAGraph(), [None if x is None else torch.empty_like(x) for x in inputs]
         groups = [*state.optD.param_groups, *state.optG.param_groups]
         for group in groups:
             group["capturable"] = True  # Adam asks for it here, and warns of it elsewhere
         # Other threads may go on: where files are read, one of them pins the next batch.
-        with torch.cuda.device(state.totals.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             update_networks(state, autocast, *self.inputs)
         for group in groups:
             group["capturable"] = False
@@ -338,8 +339,9 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
-            u = augmentation(args, state.step)[:, rank::world].to(device) if args.augment else None
-            train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
+            u = augmentation(args, state.step)[:, rank::world] if args.augment else None
+            z, u = (x if x is None else x.to(device, non_blocking=True) for x in (z, u))
+            train_step(state, real, z, autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
             if last:
@@ -407,7 +409,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="show D other colours and shifts")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="in D, in place of BatchNorm")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 by autocast, or fp32")
-    add("--compile", action="store_true", help="compiled networks, no CUDA graph: slower to start, then faster")
+    add("--compile", action="store_true", help="compile the networks, without a CUDA graph: slower to start")
     add("--workers", type=natural(0), default=2, help="reading processes, where the images do not fit in memory")
     add("--seed", type=natural(0), default=0, help="of weights, latents and order")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -436,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise preprocess.cannot_write(Path(error.filename or args.outdir), error) from None
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):  # by torch or CUDA, the CPU, cuBLAS
             told = "the device is out of memory; lower --batch-size, or --ngf and --ndf"
         elif world > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             told = "another process of this training has ended; go on by --resume"

@@ -99,6 +99,7 @@ class Tutorial:
     """The loop of the tutorial; after the first step, which warms up, step() goes on with the next batch."""
 
     def __init__(self, photos: Path, device: torch.device, batch_size: int, image_size: int = 64):
+        torch.backends.cudnn.benchmark = True  # as the tutorial has it, and train.py
         steps = [transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.ToTensor()]
         steps.append(transforms.Normalize((0.5,) * 3, (0.5,) * 3))
         dataset = torchvision.datasets.ImageFolder(str(photos), transforms.Compose(steps))
@@ -169,6 +170,7 @@ class Ours:
         self.args, self.device, self.dataset = train.parse_args([*map(str, flags)]), device, dataset
         self.state, self.waited = train.make_state(self.args, device), 0.0
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        torch.backends.cudnn.benchmark = True
         self.batches = self.epochs()
         for _ in range(5 if self.state.graph else 1):  # past the recording
             self.step()

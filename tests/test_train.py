@@ -100,10 +100,13 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--precision", "bf16"]])
 def test_a_cuda_graph_gives_the_bits_of_single_launches(dataroot, tmp_path, monkeypatch, flags):
     """Also stopped and gone on with, which records it anew."""
+    record, recorded = train.CudaGraph.record, []
+    monkeypatch.setattr(train.CudaGraph, "record", lambda *inputs: recorded.append(record(*inputs)))
     flags = ["--device", "cuda", "--deterministic", *flags]
     run(dataroot, tmp_path / "graph", "--epochs", 3, *flags)
     run(dataroot, tmp_path / "resumed", "--epochs", 1, *flags)
     run(dataroot, tmp_path / "resumed", "--epochs", 3, "--resume", *flags)
+    assert len(recorded) == 3
     monkeypatch.setattr(train, "CudaGraph", lambda: None)
     run(dataroot, tmp_path / "plain", "--epochs", 3, *flags)
     assert_same_training(tmp_path / "graph", tmp_path / "plain")
