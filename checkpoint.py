@@ -81,9 +81,10 @@ def open_outdir(args: argparse.Namespace):
     return lock
 
 
-def save_tensors(content: dict, path: Path) -> None:
+def save_tensors(content: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors of the CPU, which open where there is no GPU too."""
     with atomic_write(path, durable=True) as file:
-        torch.save(content, file)
+        torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
 
 
 def save_params(state: State, outdir: Path) -> None:
