@@ -89,13 +89,14 @@ def train_step(
     state: State, real: torch.Tensor, z: torch.Tensor, autocast: torch.autocast, ema: float, u: Augmentation = None
 ) -> None:
     """One step of D and one of G, by update_networks(), and one of the average."""
-    (state.graph or update_networks)(state, autocast, real, z, u)
+    inputs = (real, z) if u is None else (real, z, u)
+    (state.graph or update_networks)(state, autocast, *inputs)
     state.step += 1
     update_average(state, ema)
 
 
 def update_networks(
-    state: State, autocast: torch.autocast, real: torch.Tensor, z: torch.Tensor, u: Augmentation
+    state: State, autocast: torch.autocast, real: torch.Tensor, z: torch.Tensor, u: Augmentation = None
 ) -> None:
     """One step of D and one of G on `real` (N,3,S,S) in [-1,1] and latents `z`, as in the DCGAN paper and the report.
 
@@ -140,7 +141,7 @@ class CudaGraph:
         self.warm_up = 3  # steps; in the first, cuDNN tries its algorithms and the Adams make their moments
         self.graph = self.inputs = None
 
-    def __call__(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
+    def __call__(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
         if self.warm_up:
             self.warm_up -= 1
             update_networks(state, autocast, *inputs)  # nothing of it may outlive it: autograd keeps to its stream
@@ -148,13 +149,12 @@ class CudaGraph:
         if self.graph is None:
             self.record(state, autocast, *inputs)
         for kept, new in zip(self.inputs, inputs):
-            if kept is not None:
-                kept.copy_(new)
+            kept.copy_(new)
         self.graph.replay()
 
-    def record(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor | None) -> None:
+    def record(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
         """Notes the kernels and the memory that they read and write; nothing is run."""
-        self.graph, self.inputs = torch.cuda.CUDAGraph(), [None if x is None else torch.empty_like(x) for x in inputs]
+        self.graph, self.inputs = torch.cuda.CUDAGraph(), [torch.empty_like(x) for x in inputs]
         groups = [*state.optD.param_groups, *state.optG.param_groups]
         for group in groups:
             group["capturable"] = True  # Adam asks for it here, and warns of it elsewhere
@@ -339,9 +339,8 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
-            u = augmentation(args, state.step)[:, rank::world] if args.augment else None
-            z, u = (x if x is None else x.to(device, non_blocking=True) for x in (z, u))
-            train_step(state, real, z, autocast, args.ema, u)
+            u = augmentation(args, state.step)[:, rank::world].to(device, non_blocking=True) if args.augment else None
+            train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
             last = done == steps_per_epoch
             if last:
