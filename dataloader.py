@@ -9,8 +9,6 @@ Images stay uint8 until they are on the device: a quarter of the bytes to keep a
 """
 
 import hashlib
-import multiprocessing
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +18,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from preprocess import atomic_write, count_cores, printable
+from support.cli import count_cores
+from support.devices import can_start_workers
+from support.files import printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHUNK = 128  # images that a decoding process hands over at a time
@@ -42,15 +42,6 @@ def find_images(root: str | Path) -> list[Path]:
     if not paths:
         raise SystemExit(f"error: {root} holds no images; make the crops with `python preprocess.py PHOTOS`")
     return paths
-
-
-def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
-    """SHA-256 (hex) over names below `root`, sizes and modification times: changes when the data does."""
-    digest = hashlib.sha256()
-    for path in paths:
-        info = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
@@ -127,25 +118,6 @@ class DataGenerater(Dataset):
         return hashlib.sha256("".join(files).encode(errors="surrogateescape")).hexdigest()
 
 
-def can_start_workers() -> bool:
-    """Whether processes can share memory and locks here: not so in a container without /dev/shm."""
-    try:
-        torch.zeros(1).share_memory_()
-        multiprocessing.Lock()
-    except (OSError, RuntimeError):
-        return False
-    return True
-
-
-def fits_in_memory(n: int, image_size: int) -> bool:
-    """Whether `n` decoded images take less than half of this machine's memory (4 GiB where that is not told)."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        memory = 8 * 2**30
-    return 3 * image_size**2 * n < memory / 2
-
-
 def make_loader(
     dataset: DataGenerater,
     batch_size: int,
@@ -184,53 +156,8 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def augment(images: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
-    """Images (N,3,S,S) in [-1,1], each in other colours and shifted by up to an eighth of its side; differentiable.
-
-    `u` (N,5), uniform in [0,1), says how: brightness, saturation, contrast, and the shift down and right, past grey;
-    None leaves them as they are. Where D sees real and generated images alike through this, it cannot know the real
-    ones by heart (Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020: its colours and
-    translation).
-    """
-    if u is None:
-        return images
-    brightness, saturation, contrast = u[:, :3].T[:, :, None, None, None]
-    images = images + brightness - 0.5
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * (2 * saturation) + grey
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * (contrast + 0.5) + mean
-
-    size, most = images.shape[-1], images.shape[-1] // 8
-    shift = (u[:, 3:] * (2 * most + 1)).long()
-    rows, columns = (shift.T[:, :, None] + torch.arange(size, device=u.device)).unbind()
-    padded = torch.nn.functional.pad(images, [most] * 4).permute(0, 2, 3, 1)
-    which = torch.arange(len(images), device=u.device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """float [-1,1] -> uint8 [0,255], of any shape, rounded to the nearest."""
     return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
-    """One picture of uint8 images (N,3,H,W), row by row with two black pixels between: pixels as they are."""
-    n, _, height, width = images.shape
-    columns = min(columns, n)
-    grid = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2))
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        grid.paste(Image.fromarray(image), (2 + i % columns * (width + 2), 2 + i // columns * (height + 2)))
-    return grid
-
-
-def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Writes `image` to `path`, whole or not at all, in the format of its suffix."""
-    with atomic_write(path) as file:
-        image.save(file, path.suffix[1:], **options)
-
-
-def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:
-    """An endless GIF; the last frame stays a second."""
-    durations = [milliseconds] * (len(frames) - 1) + [1000]
-    save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)

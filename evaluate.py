@@ -24,34 +24,28 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from dataloader import DataGenerater, find_images, fingerprint, image_grid, save_image
+from dataloader import DataGenerater, find_images
 from generator import TRAINED, default_params, load_generator, sample
-from inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
-from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
-from network import DTYPES, Generator, join_ranks, rank_and_world_size
-from preprocess import Formatter, atomic_write, natural
-
-VERSION = 2  # of the measurement: raised when the same images would give other numbers
-FACTS = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")  # alike on both sides
-
-
-def gather(value: object) -> list:
-    """`value` of each process, in their order."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def my_share(items: Sequence) -> Sequence:
-    """This process's part of `items`; the parts of all, in their order, are `items` again."""
-    rank, world_size = rank_and_world_size()
-    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
-
+from network import Generator
+from support.cli import Formatter, natural
+from support.devices import DTYPES
+from support.distributed import gather, join_ranks, my_share, rank_and_world_size
+from support.files import atomic_write
+from support.images import image_grid, save_image
+from support.inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
+from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+from support.statistics import (
+    FACTS,
+    VERSION,
+    choose,
+    fingerprint,
+    load_statistics,
+    read_cache,
+    refuse_unlike,
+    save_statistics,
+)
 
 # ---------------------------------------------------------------------------------------------- one side
 
@@ -87,13 +81,6 @@ def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int
             ready = coming
         if ready:
             yield torch.stack(list(ready))
-
-
-def choose(total: int, num: int | None) -> list[int]:
-    """`num` of `total` indices, in rising order and always the same; all of them where num is None."""
-    if num is None or num == total:
-        return list(range(total))
-    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
 
 
 def side_of_folder(folder: Path, net, facts: dict, args: argparse.Namespace, num: int | None = None) -> dict:
@@ -171,55 +158,6 @@ def load_net(args: argparse.Namespace, device: torch.device, image_size: int | N
     weights = args.weights or gather(find_weights(args.inception) if first else None)[0]
     net, facts = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
     return net, facts | {"version": VERSION} | ({"resolution": image_size} if image_size else {})
-
-
-def refuse_unlike(stats: dict, facts: dict, path: Path) -> None:
-    """Raises SystemExit when `stats` of `path` were measured in another way than `facts` say."""
-    for fact in FACTS:
-        if fact in stats and fact in facts and stats[fact] != facts[fact]:
-            raise SystemExit(
-                f"error: {fact} is {stats[fact]} in {path} and {facts[fact]} on the other side: such a distance means "
-                "nothing; measure both sides alike"
-            )
-
-
-def save_statistics(stats: dict, path: Path) -> None:
-    """An .npz of mu and sigma, as pytorch-fid reads it, with the facts beside them."""
-    with atomic_write(path) as file:
-        np.savez(file, **stats)
-
-
-def load_statistics(path: Path) -> dict:
-    """mu, sigma, and whatever facts an .npz made here, by pytorch-fid or by TTUR has. Raises SystemExit otherwise."""
-    if not path.is_file():
-        raise SystemExit(f"error: {path} does not exist; give a folder of images or an .npz of statistics")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            stats = {
-                name: content[name] for name in content if name in (*FACTS, "mu", "sigma", "features", "n", "split")
-            }
-        stats = {name: value.item() if value.ndim == 0 else value for name, value in stats.items()}
-        mu, sigma = stats["mu"].astype(np.float64), stats["sigma"].astype(np.float64)
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise ValueError("mu and sigma do not fit each other")
-        n = stats.get("n", 2)
-        if not isinstance(n, int) or "features" in stats and stats["features"].shape != (n, len(mu)):
-            raise ValueError("n, mu and the features do not fit each other")
-    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, by the byte at which a file is damaged
-        raise SystemExit(
-            f"error: {path} holds no statistics mu and sigma ({' '.join(str(error).split())}); give another file"
-        ) from None
-    if "features" in stats:
-        stats["features"] = torch.from_numpy(stats["features"])
-    return {"dims": len(mu)} | stats | {"mu": mu, "sigma": sigma}
-
-
-def read_cache(path: Path) -> dict | None:
-    try:
-        return load_statistics(path) if path.is_file() else None
-    except SystemExit as problem:
-        print(f"warning: measured again, since {str(problem).removeprefix('error: ')}", file=sys.stderr)
-        return None
 
 
 # ---------------------------------------------------------------------------------------------- both sides

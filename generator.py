@@ -8,7 +8,6 @@ Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutori
 """
 
 import argparse
-import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from dataloader import image_grid, save_animation, save_image, to_uint8
-from network import DTYPES, Generator, generator_from_state_dict, latents, load_tensors, pick_device
-from preprocess import PNG, Formatter, atomic_write, count_cores, natural
+from dataloader import to_uint8
+from network import Generator
+from support.cli import Formatter, count_cores, natural
+from support.devices import DTYPES, pick_device
+from support.files import atomic_write
+from support.images import encode_png, image_grid, save_animation, save_image
+from support.seeding import latents
+from support.weights import check_tensors, load_tensors
 
 FRAMES = 24  # of the morph from one seed to the next
 TRAINED = Path("runs/64/generator.params")
@@ -34,6 +37,31 @@ def default_params() -> Path:
         return TRAINED
     print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
     return PRETRAINED
+
+
+def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
+    """Builds the Generator that `state` belongs to; its sizes follow from the shapes of the weights alone.
+
+    Reads this repository's weights and the DCGAN tutorial's, also with DataParallel's `module.` before each name,
+    in any floating-point type. Raises SystemExit, naming `path`, for anything else.
+    """
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    remedy = "pass the generator.params of a training to --params"
+    kernels = [t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 4]
+    if len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
+        raise SystemExit(f"error: {path} does not hold a DCGAN generator; {remedy}")
+    if kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
+        raise SystemExit(f"error: {path} holds a discriminator, not a generator; {remedy}")
+    nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
+    with torch.device("meta"):  # no memory is taken before the shapes have been compared
+        netG = Generator(nz, ngf, image_size)
+    expected = netG.state_dict()
+    check_tensors(state, expected, path, "a DCGAN generator", remedy)
+    extra = [name for name in state if name not in expected]
+    if extra:
+        raise SystemExit(f"error: {path} does not hold a DCGAN generator (see {extra[0]}); {remedy}")
+    netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
+    return netG.eval().requires_grad_(False)
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
@@ -67,13 +95,6 @@ def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Pa
                 with atomic_write(face_path(outdir, seed)) as file:
                     file.write(png)
             bar.update(len(images))
-
-
-def encode_png(image: torch.Tensor) -> memoryview:
-    """The PNG file of an image uint8 (3,S,S)."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", **PNG)
-    return file.getbuffer()
 
 
 def face_path(outdir: Path, seed: int) -> Path:

@@ -13,212 +13,28 @@ or else 90/10 by a hash of the name, which never moves an image when others are 
 
 import argparse
 import errno
-import hashlib
-import io
-import math
 import multiprocessing
 import os
-import re
-import secrets
 import shlex
 import signal
-import stat
 import sys
 import threading
 import time
-import unicodedata
 import warnings
-import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from demo_faces import draw_face
-
-SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
-# Decoders that are fast, run no other program and know an image's size before they decode it.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Level 1 with zlib's Z_RLE: a third of the default's time at 128x128, for 2 % more bytes.
-PNG = {"compress_level": 1, "compress_type": 3}
-MAX_PIXELS = 50_000_000  # decodes in under 5 s and 1 GiB in every format
-MAX_BYTES = 2**28
-
-
-class Photo(NamedTuple):
-    """One photo: its name in SRC, where it lies (path, index in the zip, number of the face), what becomes of it."""
-
-    key: str
-    where: str | int
-    reason: str = ""  # that it gives no crop, where this shows before it is opened
-    split: str = ""
-    name: str = ""  # of the crop, without .png
-    todo: tuple[int, ...] = ()  # sizes that are missing
-
-
-def printable(text: object) -> str:
-    """`text` on one line: what cannot be printed (newlines, broken UTF-8) as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def cannot_write(path: Path, error: OSError) -> SystemExit:
-    """One sentence about an OSError: which path, why, what to do."""
-    advice = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
-    todo = advice.get(error.errno, "check the folder or choose another one")
-    return SystemExit(f"error: cannot write {printable(path)}: {error.strerror or error}; {todo}")
-
-
-@contextmanager
-def atomic_write(path: str | Path, durable: bool = False):
-    """Yield a binary file that appears at `path` whole when the block ends well, and otherwise not at all.
-
-    `durable` waits until the disk has it. Raises SystemExit, one sentence, where `path` cannot be written; its
-    __cause__ is the OSError.
-    """
-    path = Path(path)
-    temp = path.with_name(f".{secrets.token_hex(5)}.tmp")  # short, as the name of `path` may use all 255 bytes
-    try:
-        with temp.open("xb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temp.replace(path)
-        if durable and os.name == "posix":  # a rename is on the disk once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the OSError of a full disk
-        while error is not None and not isinstance(error, OSError):
-            error = error.__context__
-        if error is None:
-            raise
-        raise cannot_write(path, error) from error
-    finally:
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
-
-
-def list_folder(src: Path, dataroot: Path) -> list[Photo]:
-    """Every file below `src`, but not our own crops. Links to folders are not followed: they may loop."""
-    photos, home = [], dataroot.resolve()
-
-    def unreadable(error: OSError) -> None:
-        if Path(error.filename) == src:
-            raise error
-        photos.append(Photo(Path(error.filename).relative_to(src).as_posix(), "", f"unreadable: {error.strerror}"))
-
-    for folder, folders, files in os.walk(src, onerror=unreadable):
-        here, ours = Path(folder), Path(folder).resolve() == home
-        links = [name for name in folders if (here / name).is_symlink()]
-        photos += [Photo((here / name).relative_to(src).as_posix(), "", "link to a folder") for name in links]
-        if ours:
-            folders[:] = [name for name in folders if not name.isdecimal()]
-            files = [name for name in files if name != "skipped.txt"]
-        photos += [Photo((here / name).relative_to(src).as_posix(), str(here / name)) for name in files]
-    return sorted(photos)
-
-
-def list_zip(src: Path) -> list[Photo]:
-    """Every file in the zip `src`; with a reason those that are not to be read."""
-    try:
-        with zipfile.ZipFile(src) as archive:
-            members = archive.infolist()
-    except FileNotFoundError:
-        raise SystemExit(f"error: SRC {printable(src)} does not exist; give a folder of photos or a .zip") from None
-    except Exception as error:  # zipfile raises many kinds on damaged files
-        raise SystemExit(f"error: SRC {printable(src)} is not a folder and not a whole zip ({printable(error)}); "
-                         "give a folder of photos, or copy the zip again") from None
-    photos = []
-    for index, member in enumerate(members):
-        key, reason = member.filename.replace("\\", "/"), ""
-        if key.startswith("/") or re.match("[A-Za-z]:", key) or ".." in key.split("/"):
-            reason = "unsafe path: it leads out of the zip"
-        elif member.flag_bits & 1:
-            reason = "encrypted"
-        elif member.file_size > MAX_BYTES:
-            reason = f"too large: {member.file_size:,} bytes"
-        elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            reason = "unusual compression"  # zipfile unpacks the others with no bound on memory
-        if not member.is_dir():
-            photos.append(Photo(key, index, reason))
-    return sorted(photos)
-
-
-def crop_name(key: str) -> str:
-    """The name of photo `key`'s crop, without .png: fit for every file system and dependent on `key` alone.
-
-    Folders become part of it (a/1.jpg -> a__1), but for CelebA's own (img_align_celeba/000001.jpg -> 000001). A
-    name that has to be changed gets a hash of `key`, so that no two become one.
-    """
-    key = key.removeprefix("img_align_celeba/")
-    name = re.sub(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|p[pgn]m)$", "", key, flags=re.IGNORECASE).replace("/", "__")
-    safe = re.sub(r'[\x00-\x1f\x7f<>:"\\|?*\ud800-\udfff]|^[.\s]|[.\s]$', "_", name)
-    device = re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", safe, re.IGNORECASE)  # Windows keeps these
-    if name and safe == name and not device and len(name.encode()) <= 251:  # 255 with .png
-        return name
-    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:10]
-    return f"_{safe.encode()[:239].decode(errors='ignore')}-{digest}"
-
-
-def hash_split(name: str) -> str:
-    """train or test, 90/10, by the name alone."""
-    return "test" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else "train"
-
-
-def read_partition(path: Path) -> dict[str, str]:
-    """{photo name: split} from lines `name 0` (CelebA's) or `name,0`. Raises SystemExit."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise SystemExit(f"error: cannot read --partition {printable(path)}: {error.strerror}; give CelebA's "
-                         "list_eval_partition.txt or leave the flag out") from None
-    rows = [(line, re.fullmatch(r"\s*(.+?)[,\s]+([012])\s*", line)) for line in lines if line.strip()]
-    for line, row in rows[1:]:  # the first may be a header
-        if not row:
-            raise SystemExit(f"error: the line {printable(line[:60])!r} of --partition {printable(path)} is not a "
-                             "name and 0, 1 or 2; give CelebA's list_eval_partition.txt")
-    return {row[1]: SPLITS[int(row[2])] for _, row in rows if row}
-
-
-def find_photos(args: argparse.Namespace) -> list[Photo]:
-    """The photos of SRC, or the faces to draw, each with its split and name, or a reason to leave it out."""
-    partition = args.partition
-    if args.demo:
-        photos = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)]
-    else:
-        try:
-            photos = list_folder(args.src, args.dataroot) if args.src.is_dir() else list_zip(args.src)
-            beside = (folder / "list_eval_partition.txt" for folder in (args.src, args.src.parent))
-            partition = partition or next((path for path in beside if path.is_file()), None)
-        except OSError as error:
-            raise SystemExit(f"error: cannot read SRC {printable(args.src)}: {error.strerror}; check its permissions "
-                             "and those of the folders above") from None
-        photos = [photo for photo in photos if photo.where != str(partition)]
-    splits = read_partition(partition) if partition else {}
-    listed = [splits.get(photo.key, splits.get(photo.key.rpartition("/")[2], "")) for photo in photos]
-    if args.partition and photos and not any(listed):
-        raise SystemExit(f"error: --partition {printable(partition)} names none of the photos in SRC; give the list "
-                         "that belongs to them or leave the flag out")
-    seen, found = {}, []
-    for photo, split in zip(photos, listed, strict=True):
-        name = crop_name(photo.key)
-        split = split if any(listed) else hash_split(name)
-        same = unicodedata.normalize("NFC", name).casefold()  # one file to some file systems
-        reason = photo.reason or ("" if split else f"not in {partition.name}")
-        if not reason and seen.setdefault(same, photo.key) != photo.key:
-            reason = f"same name: its crop would overwrite that of {seen[same]}"
-        found.append(photo._replace(name=name, split=split, reason=reason))
-    return found
+from support.cli import Formatter, count_cores, natural
+from support.files import atomic_write, cannot_write, printable
+from support.images import PNG
+from support.photos import SPLITS, Photo, find_photos, open_zip, read_photo, to_rgb
 
 
 def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
@@ -262,47 +78,6 @@ def refuse_other_crop(args: argparse.Namespace, size: int, begun: bool) -> None:
     if not begun:
         with atomic_write(note) as file:
             file.write(now.encode())
-
-
-@lru_cache(maxsize=1)
-def open_zip(src: Path) -> zipfile.ZipFile:
-    """The zip, opened by each process for itself: a handle that crosses a fork shares its position too."""
-    return zipfile.ZipFile(src)
-
-
-def read_photo(args: argparse.Namespace, photo: Photo) -> Image.Image:
-    """A photo, not decoded yet, of at most MAX_PIXELS. Raises any Exception, its text the reason."""
-    if args.demo:
-        return draw_face(args.seed, photo.where)
-    if isinstance(photo.where, int):
-        with open_zip(args.src).open(open_zip(args.src).infolist()[photo.where]) as file:
-            data = file.read(MAX_BYTES)
-    else:
-        info = Path(photo.where).stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
-            raise ValueError("not a regular file")
-        if info.st_size > MAX_BYTES:
-            raise ValueError(f"{info.st_size:,} bytes")
-        data = Path(photo.where).read_bytes()
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image ({', '.join(FORMATS)})" if data else "an empty file") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
-    return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB: 16-bit and float grey by its full scale, not clipped; transparency over white."""
-    if image.mode.startswith(("I", "F")):
-        grey = np.nan_to_num(np.asarray(image, np.float32), posinf=0)
-        scales = (65535,) if image.mode[0] == "I" else (1, 255, 65535)  # floats come in several conventions
-        full = next((scale for scale in scales if grey.max() <= scale), grey.max())
-        image = Image.fromarray((grey * (255 / full)).round().clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -406,43 +181,6 @@ def download(dataroot: Path) -> Path:
                 "list_eval_partition.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into "
                 f"{src.parent} by hand and run: {command}") from None
     return src
-
-
-def natural(minimum: int):
-    """An argparse type: a whole number of at least `minimum`."""
-
-    def number(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        if int(text) >= 2**48:  # torch's seeds have 64 bits, and some flags are added up or multiplied
-            raise argparse.ArgumentTypeError(f"{text} is too large")
-        return int(text)
-
-    return number
-
-
-def real(below: float = math.inf):
-    """An argparse type: a number of at least 0 and less than `below`."""
-
-    def number(text: str) -> float:
-        if not 0 <= float(text) < below:  # so NaN is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below {below:g}")
-        return float(text)
-
-    return number
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        without = action.default is None or action.default is False
-        return action.help if without else super()._get_help_string(action)
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

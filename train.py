@@ -14,19 +14,17 @@ training.gif; with --eval-every also generator_best.params (the average that had
 
 import argparse
 import copy
-import ctypes
 import json
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.nn.functional import softplus
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -34,7 +32,9 @@ from tqdm import tqdm
 import network
 import network_128
 import preprocess
-from checkpoint import (
+from dataloader import DataGenerater, make_loader, to_float, to_uint8
+from support.augment import augment
+from support.checkpoint import (
     CHECKPOINTS,
     State,
     continue_log,
@@ -44,19 +44,15 @@ from checkpoint import (
     save_args,
     save_checkpoint,
     save_params,
-    save_tensors,
 )
-from dataloader import (
-    DataGenerater,
-    augment,
-    fits_in_memory,
-    image_grid,
-    make_loader,
-    save_animation,
-    save_image,
-    to_float,
-    to_uint8,
-)
+from support.cli import Formatter, natural, real
+from support.cuda_graph import CudaGraph
+from support.devices import fits_in_memory, keep_freed_memory, pick_precision
+from support.distributed import agree_on_signal, average_over_ranks, catch_signals, join_ranks, rank_and_world_size
+from support.files import cannot_write
+from support.images import image_grid, plot, save_animation, save_image
+from support.seeding import augmentation, latents, step_latents
+from support.weights import save_tensors
 
 NETWORKS = {64: network, 128: network_128}
 Augmentation = torch.Tensor | None  # of a step: three times what augment() is told, or None
@@ -81,7 +77,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> State:
     state = State(netG, netD, average, *adams, totals=torch.zeros(4, device=device))
     # Neither what torch compiles nor NCCL was tried in a graph: there, each kernel is launched from Python.
     if device.type == "cuda" and not (args.compile or dist.is_initialized()):
-        state.graph = CudaGraph()
+        state.graph = CudaGraph(update_networks)
     return state
 
 
@@ -131,40 +127,6 @@ def update_networks(
     state.totals += sums
 
 
-class CudaGraph:
-    """update_networks(), recorded after some steps as it is, and from then on replayed by a single launch.
-
-    From Python, its hundreds of kernels take several times as long to launch as they take to run.
-    """
-
-    def __init__(self):
-        self.warm_up = 3  # steps; in the first, cuDNN tries its algorithms and the Adams make their moments
-        self.graph = self.inputs = None
-
-    def __call__(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
-        if self.warm_up:
-            self.warm_up -= 1
-            update_networks(state, autocast, *inputs)  # nothing of it may outlive it: autograd keeps to its stream
-            return
-        if self.graph is None:
-            self.record(state, autocast, *inputs)
-        for kept, new in zip(self.inputs, inputs):
-            kept.copy_(new)
-        self.graph.replay()
-
-    def record(self, state: State, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
-        """Notes the kernels and the memory that they read and write; nothing is run."""
-        self.graph, self.inputs = torch.cuda.CUDAGraph(), [torch.empty_like(x) for x in inputs]
-        groups = [*state.optD.param_groups, *state.optG.param_groups]
-        for group in groups:
-            group["capturable"] = True  # Adam asks for it here, and warns of it elsewhere
-        # Other threads may go on: where files are read, one of them pins the next batch.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            update_networks(state, autocast, *self.inputs)
-        for group in groups:
-            group["capturable"] = False
-
-
 @torch.no_grad()
 def update_average(state: State, ema: float) -> None:
     """Moves the parameters of the average towards those of G. Short at first, so that few steps do too."""
@@ -180,17 +142,7 @@ def estimate_statistics(state: State, args: argparse.Namespace, device: torch.de
     """
     steps = range(state.step, state.step + max(1, 1024 // args.batch_size))
     with autocast:
-        update_bn((network.step_latents(args.seed, i, args.batch_size, args.nz) for i in steps), state.average, device)
-
-
-def average_over_ranks(tensors: list[torch.Tensor]) -> None:
-    """Mean of each tensor over the processes of torchrun, in place; nothing to do in a single one."""
-    if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts):
-            tensor.copy_(part.view_as(tensor))
+        update_bn((step_latents(args.seed, i, args.batch_size, args.nz) for i in steps), state.average, device)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -199,30 +151,8 @@ def average_over_ranks(tensors: list[torch.Tensor]) -> None:
 @torch.inference_mode()
 def save_samples(state: State, args: argparse.Namespace, epoch: int, device: torch.device) -> None:
     """The average's faces of seeds 0-63, after each epoch the same."""
-    faces = to_uint8(state.average(network.latents(range(64), args.nz).to(device))).cpu()
+    faces = to_uint8(state.average(latents(range(64), args.nz).to(device))).cpu()
     save_image(image_grid(faces), args.outdir / "samples" / f"epoch_{epoch:03d}.png")
-
-
-def plot(rows: list[dict], colours: dict[str, str], path: Path) -> None:
-    """A picture of the fields `colours` of `rows` against images seen."""
-    width, height, margin = 900, 420, 50
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    top = max([row[name] for row in rows for name in colours] + [1e-9])
-    last = max(row["images_seen"] for row in rows)
-    for i in range(5):
-        y = height - margin - i / 4 * (height - 2 * margin)
-        draw.line([(margin, y), (width - margin, y)], "#dddddd")
-        draw.text((8, y - 6), f"{top * i / 4:.2f}", "black")
-        x = margin + i / 4 * (width - 2 * margin)
-        draw.text((x - 20, height - margin + 8), f"{last * i / 4:,.0f}", "black")
-    draw.text((width // 2 - 40, height - 22), "real images seen", "black")
-    for i, (name, colour) in enumerate(colours.items()):
-        xs = [margin + row["images_seen"] / last * (width - 2 * margin) for row in rows]
-        ys = [height - margin - row[name] / top * (height - 2 * margin) for row in rows]
-        draw.line(list(zip(xs, ys)), colour, 2, joint="curve")
-        draw.text((margin + 10 + 90 * i, 18), name, colour)
-    save_image(picture, path)
 
 
 def finish(args: argparse.Namespace) -> None:
@@ -240,49 +170,6 @@ def finish(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the training
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: it gives large blocks back, and gets them anew, zeroed, in each step.
-
-    That costs up to a tenth of the time of a CPU. Elsewhere (Windows, macOS, musl) nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """bf16 where `auto` finds units made for it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if device.type == "cpu" and fast else "fp32"
-
-
-def catch_signals(world: int) -> list[int]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one ends the process at once."""
-    caught = []
-
-    def catch(number: int, _frame) -> None:
-        caught.append(number)
-        if world == 1:  # torchrun hands on what the terminal has sent to each process already
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return caught
-
-
-def agree_on_signal(caught: list[int]) -> int:
-    """A signal that any process of torchrun has caught, so that all stop after the same step; 0 where none has."""
-    number = torch.tensor(caught[:1] or [0])
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
 
 
 def log_row(
@@ -328,7 +215,7 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
 
     `score` gives the FID of a generator, every --eval-every epochs.
     """
-    rank, world = network.rank_and_world_size()
+    rank, world = rank_and_world_size()
     caught, steps_per_epoch = catch_signals(world), len(dataset) // args.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     since = [state.step, time.perf_counter()]
@@ -338,7 +225,7 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps_per_epoch, initial=first, disable=rank > 0 or None)
         for batch in bar:
             real = to_float(batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            z = network.step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
+            z = step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world]
             u = augmentation(args, state.step)[:, rank::world].to(device, non_blocking=True) if args.augment else None
             train_step(state, real, z.to(device, non_blocking=True), autocast, args.ema, u)
             done, number = state.step - epoch * steps_per_epoch, agree_on_signal(caught)
@@ -361,11 +248,6 @@ def train(state: State, dataset: DataGenerater, args: argparse.Namespace, device
                 sys.exit(128 + number)
 
 
-def augmentation(args: argparse.Namespace, step: int) -> torch.Tensor:
-    """What augment() is told in a step (3,N,5): a function of (seed, step), as the latents are."""
-    return torch.rand(3, args.batch_size, 5, generator=network.step_generator(args.seed, step, 1))
-
-
 def due(epoch: int, args: argparse.Namespace) -> bool:
     return args.eval_every > 0 and (epoch % args.eval_every == 0 or epoch == args.epochs)
 
@@ -376,7 +258,7 @@ def measure_fid(state: State, args: argparse.Namespace, score, since: list) -> f
     fid = score(state.average)
     since[1] += time.perf_counter() - before  # images_per_sec is the training's
     best = min([row["fid"] for row in read_log(args.outdir / "log.jsonl", state.step) if "fid" in row], default=fid)
-    if fid <= best and network.rank_and_world_size()[0] == 0:
+    if fid <= best and rank_and_world_size()[0] == 0:
         save_tensors(state.average.state_dict(), args.outdir / "generator_best.params")
     return fid
 
@@ -391,8 +273,8 @@ def save(state: State, args: argparse.Namespace, log, epoch: int, device: torch.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
-    add, natural, real = parser.add_argument, preprocess.natural, preprocess.real
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
     add("--recipe", choices=RECIPES, default="report", help=f"named flags; best: {RECIPES['best']}")
     add("--image-size", type=int, choices=NETWORKS, default=64, help="side of the faces")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
@@ -428,14 +310,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = network.join_ranks(args.device)
-    rank, world = network.rank_and_world_size()
+    device = join_ranks(args.device)
+    rank, world = rank_and_world_size()
     try:
         run(args, device, rank, world)
     except KeyboardInterrupt:  # before the first step, or after the last: nothing is lost
         raise SystemExit(130) from None
     except OSError as error:
-        raise preprocess.cannot_write(Path(error.filename or args.outdir), error) from None
+        raise cannot_write(Path(error.filename or args.outdir), error) from None
     except RuntimeError as error:
         if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):  # by torch or CUDA, the CPU, cuBLAS
             told = "the device is out of memory; lower --batch-size, or --ngf and --ndf"

@@ -26,11 +26,16 @@ import torch
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import CHECKPOINTS, read_log
-from dataloader import DataGenerater, augment, image_grid, make_loader, save_image, to_float
+from dataloader import DataGenerater, make_loader, to_float
 from generator import load_generator, sample
-from network import Discriminator, Generator, load_tensors, step_generator, step_latents
-from preprocess import Formatter, atomic_write, count_cores, natural
+from network import Discriminator, Generator
+from support.augment import augment
+from support.checkpoint import CHECKPOINTS, read_log
+from support.cli import Formatter, count_cores, natural
+from support.files import atomic_write
+from support.images import image_grid, save_image
+from support.seeding import step_generator, step_latents
+from support.weights import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {

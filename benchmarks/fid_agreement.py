@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from support.cli import Formatter, natural
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from dataloader import DataGenerater, find_images
-from inception import LAST_LAYER, load_inception
-from metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
-from preprocess import count_cores
+from support.cli import count_cores
+from support.inception import LAST_LAYER, load_inception
+from support.metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
 
 PORT = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid looks for its weights
 
@@ -230,18 +232,18 @@ def compare_precisions(real: Path, fake: Path, kept: dict, args: argparse.Namesp
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("real", type=Path, help="folder of real images")
     add("fake", type=Path, help="folder of others of the same size")
     add("--weights", type=Path, required=True, help="state dict of the network of 2015-12-05")
-    add("--num", type=evaluate.natural(2), default=256, help="images of each folder")
-    add("--num-bf16", type=evaluate.natural(2), default=32, help="images of each folder in bf16")
-    add("--num-speed", type=evaluate.natural(2), default=100, help="images of the speed measurement in fp32")
+    add("--num", type=natural(2), default=256, help="images of each folder")
+    add("--num-bf16", type=natural(2), default=32, help="images of each folder in bf16")
+    add("--num-speed", type=natural(2), default=100, help="images of the speed measurement in fp32")
     add("--dims", type=int, nargs="+", choices=LAST_LAYER, default=list(LAST_LAYER), help="numbers of features")
-    add("--rounds", type=evaluate.natural(1), default=3, help="of the speed measurement, of which the best counts")
-    add("--batch-size", type=evaluate.natural(1), default=16, help="of ours; pytorch-fid has its own default, 50")
-    add("--threads", type=evaluate.natural(1), default=count_cores(), help="of torch")
+    add("--rounds", type=natural(1), default=3, help="of the speed measurement, of which the best counts")
+    add("--batch-size", type=natural(1), default=16, help="of ours; pytorch-fid has its own default, 50")
+    add("--threads", type=natural(1), default=count_cores(), help="of torch")
     add("--hardware", default="unknown hardware", help="a word on it, for the file")
     add("--markdown", type=Path, help="file for the tables")
     return parser.parse_args(argv)

@@ -35,13 +35,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from support.cli import Formatter, count_cores, natural
+from support.devices import DTYPES, keep_freed_memory, pick_device, pick_precision
+from support.seeding import step_latents
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import demo_faces
 import generator
 import network
 import preprocess
 import train
 from dataloader import DataGenerater, make_loader, to_float
+from support import demo_faces
 
 ROOT = Path(__file__).resolve().parent.parent
 START = """
@@ -185,7 +189,7 @@ class Ours:
         batch = next(self.batches)
         self.waited += time.perf_counter() - before
         real = to_float(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        z = network.step_latents(0, self.state.step, len(real)).to(self.device, non_blocking=True)
+        z = step_latents(0, self.state.step, len(real)).to(self.device, non_blocking=True)
         train.train_step(self.state, real, z, self.autocast, 0.999)
 
 
@@ -221,7 +225,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 3072) -> flo
 
 def precisions(device: torch.device) -> list[str]:
     """fp32, and bf16 where there are units for it."""
-    return sorted({"fp32", train.pick_precision("auto", device)}, reverse=True)
+    return sorted({"fp32", pick_precision("auto", device)}, reverse=True)
 
 
 def measure_training(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
@@ -231,7 +235,7 @@ def measure_training(args: argparse.Namespace, photos: Path, dataroot: Path) -> 
     dataset = DataGenerater(dataroot / "64" / "train", 64, in_memory=True)
     flops = flops_per_image(dataset, args.device, 64)
     if args.device.type == "cpu":
-        train.keep_freed_memory()
+        keep_freed_memory()
     for precision in precisions(args.device):
         ours = Ours(dataset, args.device, batch, precision)
         ours.waited = 0.0
@@ -242,7 +246,7 @@ def measure_training(args: argparse.Namespace, photos: Path, dataroot: Path) -> 
                 reference=partial(tutorial.images_per_second, args.steps, batch),
             )
         stall = ours.waited / (args.rounds * args.steps * batch / found["ours"])
-        best = matmul_flops(args.device, network.DTYPES[precision]) / flops
+        best = matmul_flops(args.device, DTYPES[precision]) / flops
         goal = 10 if args.device.type == "cuda" else 1.4 if precision == "fp32" else 4
         rows.append(
             f"| training at 64x64, {precision}, batch {batch} | {found['ours']:,.1f} img/s | {found['reference']:,.1f} "
@@ -303,7 +307,7 @@ def pil_loop(target: Path, path_and_size: tuple[str, int]) -> None:
 
 def measure_preprocess(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     files = sorted(str(path) for path in photos.rglob("*.jpg"))
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(preprocess.count_cores()) as pool:
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(count_cores()) as pool:
         folder = Path(name)
         for size in (64, 128):
             (folder / "reference" / str(size)).mkdir(parents=True)
@@ -412,7 +416,7 @@ def measure_start(args: argparse.Namespace, photos: Path, dataroot: Path) -> lis
 
 def measure_growth(args: argparse.Namespace, photos: Path, dataroot: Path) -> list[str]:
     """How images/s depend on what one can choose; the picture shows it against the default of each."""
-    precision = train.pick_precision("auto", args.device)
+    precision = pick_precision("auto", args.device)
     datasets = {size: DataGenerater(dataroot / str(size) / "train", size, in_memory=True) for size in (64, 128)}
     steps, total = max(1, args.steps // 3), len(datasets[64])
 
@@ -483,8 +487,8 @@ STAGES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
-    add, natural = parser.add_argument, preprocess.natural
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
     add("--only", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
     add("--photos", type=Path, help="zip of JPEG photos, such as CelebA's; drawn faces otherwise")
     add("--count", type=natural(256), default=4000, help="of the photos that are used")
@@ -500,7 +504,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--markdown", type=Path, help="file for the table")
     add("--picture", type=Path, help="PNG of how the training's speed grows")
     args = parser.parse_args(argv)
-    args.device = network.pick_device(args.device)
+    args.device = pick_device(args.device)
     return args
 
 

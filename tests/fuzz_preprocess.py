@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from support.cli import Formatter, natural
+from support.photos import crop_name
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import preprocess  # noqa: E402
 
@@ -146,7 +149,7 @@ def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, s
     crops = {path.stem: path for path in (data / str(SIZE)).glob("*/*")}
     counts = Counter()
     for name, what in files.items():
-        crop = crops.get(preprocess.crop_name(name))
+        crop = crops.get(crop_name(name))
         if crop is None:
             counts[what, "skip" if listed.get(name, "").strip() else f"neither: {name}"] += 1
             continue
@@ -195,10 +198,10 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
-    parser.add_argument("--count", type=preprocess.natural(1), default=2000, help="files")
-    parser.add_argument("--seed", type=preprocess.natural(0), default=0, help="of the files")
-    parser.add_argument("--workers", type=preprocess.natural(0), default=0, help="processes; 0 times every file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--count", type=natural(1), default=2000, help="files")
+    parser.add_argument("--seed", type=natural(0), default=0, help="of the files")
+    parser.add_argument("--workers", type=natural(0), default=0, help="processes; 0 times every file")
     parser.add_argument("--folder", type=Path, help="empty folder to work in, if not a temporary one")
     args = parser.parse_args(argv)
     faulthandler.enable()

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from support.cli import Formatter, natural
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
@@ -136,13 +138,13 @@ def kill(folder: Path, kills: int, flags: list, processes: int = 1, number: int 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=preprocess.Formatter)
-    parser.add_argument("--kills", type=preprocess.natural(1), default=30, help="times")
-    parser.add_argument("--epochs", type=preprocess.natural(1), default=150, help="of 5 steps each")
-    parser.add_argument("--processes", type=preprocess.natural(1), default=1, help="of torchrun")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--kills", type=natural(1), default=30, help="times")
+    parser.add_argument("--epochs", type=natural(1), default=150, help="of 5 steps each")
+    parser.add_argument("--processes", type=natural(1), default=1, help="of torchrun")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
-    parser.add_argument("--seed", type=preprocess.natural(0), default=0, help="of the moments")
+    parser.add_argument("--seed", type=natural(0), default=0, help="of the moments")
     args = parser.parse_args(argv)
     folder, begin = Path(tempfile.mkdtemp(prefix="kill-")), time.perf_counter()
     number = getattr(signal, f"SIG{args.signal}")

@@ -4,7 +4,10 @@ import torch
 from PIL import Image
 
 import dataloader
-from dataloader import DataGenerater, augment, find_images, fingerprint, image_grid, make_loader, to_float, to_uint8
+from dataloader import DataGenerater, find_images, make_loader, to_float, to_uint8
+from support.augment import augment
+from support.images import image_grid
+from support.statistics import fingerprint
 
 
 def test_pixel_convention_goes_both_ways():

@@ -1,3 +1,4 @@
+
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from PIL import Image
 
 import evaluate
 import network
+from support.statistics import load_statistics
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_damaged_statistics_are_one_sentence(tmp_path):
     harmless = 0
     for path in tmp_path.glob("*.npz"):
         try:
-            stats = evaluate.load_statistics(path)
+            stats = load_statistics(path)
             assert path.stem == "whole" or path.stem.startswith("flip")  # in a timestamp, say
             assert (stats["mu"] == 0).all() and (stats["sigma"] == np.eye(64)).all()
             harmless += 1
@@ -162,7 +164,7 @@ def test_processes_share_the_images(run, dataroot, weights, generator, tmp_path)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Fréchet Inception Distance") == 1
-        results.append((json.loads((root / "r.json").read_text()), evaluate.load_statistics(root / "s.npz")))
+        results.append((json.loads((root / "r.json").read_text()), load_statistics(root / "s.npz")))
     (alone, stats), (shared, shared_stats) = results
     assert shared["n_fake"] == 21 and shared["n_real"] == alone["n_real"] == shared_stats["n"]
     assert shared["fid"] == pytest.approx(alone["fid"], abs=1e-4)

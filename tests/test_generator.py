@@ -1,3 +1,4 @@
+
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 import generator
 import network
 import network_128
+from support.seeding import latents
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_faces_of_many_batches_have_their_own_names(params, tmp_path):
 
 
 def test_interpolation_passes_through_its_seeds_and_keeps_the_length():
-    z = network.latents(range(3))
+    z = latents(range(3))
     path = generator.interpolate(z, frames=10)
     assert path.shape == (30, 100, 1, 1)
     assert torch.allclose(path[::10], z, atol=1e-5)
@@ -126,4 +128,4 @@ def test_out_of_memory_says_what_to_lower(params, monkeypatch):
 
     monkeypatch.setattr(netG, "forward", full)
     with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
-        generator.draw(netG, network.latents([0], 16))
+        generator.draw(netG, latents([0], 16))

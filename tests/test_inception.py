@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-import inception
 import network
+from support import inception
 
 REAL_WEIGHTS = ROOT.parent / "shared" / "weights" / "inception_2015-12-05_half.pth"
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
 
 
 def moments(features, chunk=100):

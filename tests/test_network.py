@@ -1,9 +1,13 @@
+
 import pytest
 import torch
 from torch import nn
 
 import network
 import network_128
+from generator import generator_from_state_dict
+from support.seeding import latents, step_latents
+from support.weights import load_tensors
 
 
 def count(net):
@@ -77,12 +81,12 @@ def test_initial_weights():
 
 
 def test_latents_depend_on_their_seed_alone():
-    batch = network.latents(range(10))
+    batch = latents(range(10))
     assert batch.shape == (10, 100, 1, 1) and batch.dtype == torch.float32
-    assert torch.equal(batch[7], network.latents([7])[0])
+    assert torch.equal(batch[7], latents([7])[0])
     assert len({row.sum().item() for row in batch}) == 10
-    assert torch.equal(network.step_latents(1, 5, 4), network.step_latents(1, 5, 4))
-    assert not torch.equal(network.step_latents(1, 5, 4), network.step_latents(1, 6, 4))
+    assert torch.equal(step_latents(1, 5, 4), step_latents(1, 5, 4))
+    assert not torch.equal(step_latents(1, 5, 4), step_latents(1, 6, 4))
 
 
 @pytest.mark.parametrize("nets, nz, ngf", [(network, 100, 8), (network, 7, 16), (network_128, 20, 4)])
@@ -90,8 +94,8 @@ def test_latents_depend_on_their_seed_alone():
 def test_sizes_follow_from_the_weights(nets, nz, ngf, prefix, dtype):
     netG = nets.Generator(nz, ngf).eval()
     state = {prefix + k: v.to(dtype) if v.is_floating_point() else v for k, v in netG.state_dict().items()}
-    loaded = network.generator_from_state_dict(state, "x.params")
-    z = network.latents(range(3), nz)
+    loaded = generator_from_state_dict(state, "x.params")
+    z = latents(range(3), nz)
     assert (loaded.nz, loaded.ngf, loaded.image_size) == (nz, ngf, netG.image_size)
     assert torch.allclose(loaded(z), netG(z), atol=1e-6 if dtype != torch.float16 else 2e-2)
 
@@ -140,6 +144,6 @@ def test_weights_from_anywhere(tmp_path, make, word):
     path = tmp_path / "g.params"
     make(path)
     with pytest.raises(SystemExit, match=word) as stop:
-        network.generator_from_state_dict(network.load_tensors(path, "make it anew"), path)
+        generator_from_state_dict(load_tensors(path, "make it anew"), path)
     assert str(path) in str(stop.value) and "\n" not in str(stop.value)
     assert not (tmp_path / "g.params.boom").exists()

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, random_inception
 from PIL import Image
 
-import demo_faces
+from support import demo_faces
 
 
 def test_photos_to_fid(tmp_path, run_script):
@@ -38,13 +38,22 @@ def test_help_of_every_script(run_script):
         assert done.returncode == 0 and f"python {script}" in done.stdout
 
 
+SCRIPTS = ["preprocess", "dataloader", "network", "network_128", "generator", "evaluate", "train"]
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
 def test_imports_run_one_way():
-    """A script imports only those to its left."""
-    order = ["demo_faces", "preprocess", "dataloader", "network", "network_128", "generator", "inception", "metrics"]
-    order += ["evaluate", "checkpoint", "train"]
-    for place, name in enumerate(order):
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for module in set(modules) & set(order):
-                assert order.index(module) < place, f"{name}.py imports {module}"
+    """A script imports only the scripts to its left, and support/ imports none."""
+    assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
+    for place, name in enumerate(SCRIPTS):
+        for module in set(imported_modules(ROOT / f"{name}.py")) & set(SCRIPTS):
+            assert SCRIPTS.index(module) < place, f"{name}.py imports {module}"
+    for path in (ROOT / "support").glob("*.py"):
+        assert not set(imported_modules(path)) & set(SCRIPTS), path

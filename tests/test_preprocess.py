@@ -1,3 +1,4 @@
+
 import io
 import os
 import shutil
@@ -20,7 +21,9 @@ from fuzz_preprocess import fuzz
 from PIL import Image
 
 import preprocess
-from demo_faces import draw_face
+from support.demo_faces import draw_face
+from support.files import atomic_write
+from support.photos import MAX_BYTES, SPLITS, hash_split
 
 
 def gradient(width=100, height=140):
@@ -158,7 +161,7 @@ def test_partition(tmp_path, convert):
 
 
 def test_split_by_name_is_near_a_tenth():
-    splits = [preprocess.hash_split(f"{i:06d}") for i in range(5000)]
+    splits = [hash_split(f"{i:06d}") for i in range(5000)]
     assert 0.08 < splits.count("test") / 5000 < 0.12
     assert set(splits) == {"train", "test"}
 
@@ -205,12 +208,12 @@ def test_drawn_faces_are_a_function_of_seed_and_number():
 
 def test_atomic_write_leaves_nothing_half_written(tmp_path):
     (tmp_path / "file").write_bytes(b"before")
-    with pytest.raises(RuntimeError), preprocess.atomic_write(tmp_path / "file") as file:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file") as file:
         file.write(b"half")
         raise RuntimeError
     assert (tmp_path / "file").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(SystemExit, match="cannot write"), preprocess.atomic_write(tmp_path / "no" / "file"):
+    with pytest.raises(SystemExit, match="cannot write"), atomic_write(tmp_path / "no" / "file"):
         pass
 
 
@@ -361,7 +364,7 @@ def test_dangerous_zips(tmp_path, capsys):
     """Encrypted, too large, packed by bzip2 (whose reader knows no bound), a wrong size, a wrong checksum."""
     path, out = tmp_path / "photos.zip", tmp_path / "out"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("bomb.jpg", bytes(preprocess.MAX_BYTES + 1))
+        archive.writestr("bomb.jpg", bytes(MAX_BYTES + 1))
         archive.writestr("C:\\windows.jpg", jpeg())
         archive.writestr("b\\good.jpg", jpeg())
         archive.writestr("bz.jpg", bytes(10**6), compress_type=zipfile.ZIP_BZIP2)
@@ -400,7 +403,7 @@ def test_split_stays_when_photos_are_added(tmp_path, convert):
         out = convert()
         splits = {path.stem: path.parent.name for path in out.rglob("*.png")}
         assert len(splits) == last and set(splits.values()) == {"train", "test"}
-        assert splits == {str(i): preprocess.hash_split(str(i)) for i in range(last)}
+        assert splits == {str(i): hash_split(str(i)) for i in range(last)}
 
 
 def test_partition_with_commas_a_header_and_folders(tmp_path, convert):
@@ -551,15 +554,15 @@ def test_read_only_disk(small_disk, run_script, refused):
 
 
 def test_atomic_write_of_a_name_of_255_bytes_and_what_torch_makes_of_a_full_disk(tmp_path, small_disk):
-    with preprocess.atomic_write(tmp_path / ("n" * 255), durable=True) as file:
+    with atomic_write(tmp_path / ("n" * 255), durable=True) as file:
         file.write(b"whole")
     assert (tmp_path / ("n" * 255)).read_bytes() == b"whole"
-    with pytest.raises(SystemExit, match="name too long"), preprocess.atomic_write(tmp_path / ("n" * 256)):
+    with pytest.raises(SystemExit, match="name too long"), atomic_write(tmp_path / ("n" * 256)):
         pass
     (small_disk / "params").write_bytes(b"before")
     with (
         pytest.raises(SystemExit, match="No space left"),
-        preprocess.atomic_write(small_disk / "params", durable=True) as file,
+        atomic_write(small_disk / "params", durable=True) as file,
     ):
         torch.save(torch.zeros(2 * 10**6), file)
     assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("params", b"before")]
@@ -629,4 +632,4 @@ def test_the_real_photos(tmp_path):
     assert skips(tmp_path / "out") == {}
     rows = dict(line.split() for line in Path(partition).read_text().splitlines())
     for path in (tmp_path / "out").rglob("*.png"):
-        assert path.parent.name == preprocess.SPLITS[int(rows[path.stem + ".jpg"])]
+        assert path.parent.name == SPLITS[int(rows[path.stem + ".jpg"])]

@@ -1,3 +1,4 @@
+
 import copy
 import json
 import os
@@ -16,10 +17,11 @@ from kill_train import SMALL, assert_equal, assert_same_training, kill, load, st
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import network
 import train
-from dataloader import DataGenerater, augment, make_loader, to_float
+from dataloader import DataGenerater, make_loader, to_float
+from support import checkpoint
+from support.augment import augment
+from support.seeding import augmentation, step_latents
 
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -48,8 +50,8 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags):
     criterion, dataset, losses = nn.BCELoss(), DataGenerater(dataroot / "64" / "train", 64), []
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
-        z = network.step_latents(0, step, 8, 8).double()
-        u = train.augmentation(small_args(), step).double() if flags else [None] * 3
+        z = step_latents(0, step, 8, 8).double()
+        u = augmentation(small_args(), step).double() if flags else [None] * 3
         train.train_step(state, real.contiguous(memory_format=torch.channels_last), z, EAGER, 0.999, u)
 
         netD.zero_grad()
@@ -78,7 +80,7 @@ def test_compiled_steps_equal_eager_ones(monkeypatch):
     for step in range(3):
         real = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(step)) * 2 - 1
         for state in states:
-            train.train_step(state, real, network.step_latents(0, step, 8, 8), EAGER, 0.999)
+            train.train_step(state, real, step_latents(0, step, 8, 8), EAGER, 0.999)
     assert states[0].totals.tolist() == pytest.approx(states[1].totals.tolist(), rel=1e-5)
     for eager, compiled in zip(states[0].netG.parameters(), states[1].netG.parameters()):
         assert (eager - compiled).abs().max() < 1e-5
@@ -107,7 +109,7 @@ def test_a_cuda_graph_gives_the_bits_of_single_launches(dataroot, tmp_path, monk
     run(dataroot, tmp_path / "resumed", "--epochs", 1, *flags)
     run(dataroot, tmp_path / "resumed", "--epochs", 3, "--resume", *flags)
     assert len(recorded) == 3
-    monkeypatch.setattr(train, "CudaGraph", lambda: None)
+    monkeypatch.setattr(train, "CudaGraph", lambda step: None)
     run(dataroot, tmp_path / "plain", "--epochs", 3, *flags)
     assert_same_training(tmp_path / "graph", tmp_path / "plain")
     assert_same_training(tmp_path / "resumed", tmp_path / "plain")
@@ -129,7 +131,7 @@ def test_losses_by_hand():
     state.netD = Constant()
     state.optD = torch.optim.SGD(state.netD.parameters(), 1.0)
     logit = torch.tensor(1 / 3).log().item()
-    train.train_step(state, torch.zeros(8, 3, 64, 64), network.step_latents(0, 0, 8, 8), EAGER, 0)
+    train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8), EAGER, 0)
     after = torch.sigmoid(torch.tensor(logit - ((0.25 - 1) + 0.25)))  # d/dlogit of both losses
     expected = [torch.tensor([0.25, 0.75]).log().neg().sum().item(), after.log().neg().item(), 0.25, 0.25]
     assert state.totals.tolist() == pytest.approx(expected, rel=1e-4)
@@ -141,7 +143,7 @@ def test_a_step_of_one_leaves_the_other_untouched(frozen, moving, lr):
     getattr(state, lr).param_groups[0]["lr"] = 0.0  # its gradients are still computed
     before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("netG", "netD")}
     real = torch.rand(8, 3, 64, 64) * 2 - 1
-    train.train_step(state, real, network.step_latents(0, 0, 8, 8), EAGER, 0.999)
+    train.train_step(state, real, step_latents(0, 0, 8, 8), EAGER, 0.999)
     same = {
         name: [torch.equal(a, b) for a, b in zip(before[name], getattr(state, name).parameters())] for name in before
     }
@@ -154,7 +156,7 @@ def test_average_warms_up_and_does_not_touch_training():
     for ema in (0, 0.999):
         state = train.make_state(args, torch.device("cpu"))
         for step in range(3):
-            train.train_step(state, torch.zeros(8, 3, 64, 64), network.step_latents(0, step, 8, 8), EAGER, ema)
+            train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8), EAGER, ema)
         runs[ema] = state
     assert_equal(runs[0].netG.state_dict(), runs[0.999].netG.state_dict())
     last, average, none = (list(n.parameters()) for n in (runs[0].netG, runs[0.999].average, runs[0].average))
@@ -167,7 +169,7 @@ def test_the_average_has_statistics_of_its_own():
     args = small_args("--ema", "0.5")
     state = train.make_state(args, torch.device("cpu"))
     for step in range(3):
-        train.train_step(state, torch.zeros(8, 3, 64, 64), network.step_latents(0, step, 8, 8), EAGER, args.ema)
+        train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8), EAGER, args.ema)
     before = copy.deepcopy(state.netG.state_dict())
     train.estimate_statistics(state, args, torch.device("cpu"), EAGER)
     assert_equal(before, state.netG.state_dict())
@@ -187,7 +189,7 @@ def test_bf16_tracks_fp32(dataroot):
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
         for step in range(200):
             real = to_float(next(iter(make_loader(dataset, 8, 0, step))))
-            train.train_step(state, real, network.step_latents(0, step, 8, 8), autocast, 0.999)
+            train.train_step(state, real, step_latents(0, step, 8, 8), autocast, 0.999)
             if state.step % 50 == 0:
                 means[enabled].append(state.totals / 50)
                 state.totals = torch.zeros(4)
@@ -200,8 +202,9 @@ def test_bf16_tracks_fp32(dataroot):
 def test_freed_memory_is_kept():
     """A block of 64 MiB has 16,384 pages, new ones without it; with it, those of the larger one that was freed."""
     script = """
-import resource, torch, train
-train.keep_freed_memory()
+import resource, torch
+from support.devices import keep_freed_memory
+keep_freed_memory()
 torch.ones(2**27, dtype=torch.uint8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**26, dtype=torch.uint8)
@@ -422,6 +425,7 @@ def test_spawned_processes_and_none_where_there_is_no_shared_memory(dataroot, tm
 def test_read_only_checkout(dataroot, tmp_path, small_disk):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, small_disk)
+    shutil.copytree(ROOT / "support", small_disk / "support", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     command = [sys.executable, small_disk / "train.py", *SMALL, "--dataroot", dataroot, "--epochs", "1"]
     done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120)

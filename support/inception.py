@@ -24,7 +24,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from network import DTYPES, check_tensors, load_tensors
+from support.devices import DTYPES
+from support.weights import check_tensors, load_tensors
 
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
 URLS = {

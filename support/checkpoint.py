@@ -21,8 +21,8 @@ import PIL
 import torch
 from torch import nn
 
-from network import load_tensors, nested_tensors
-from preprocess import atomic_write, printable
+from support.files import atomic_write, printable
+from support.weights import load_tensors, nested_tensors, save_tensors
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 # What has to be the same for a resumed training to be the same training.
@@ -79,12 +79,6 @@ def open_outdir(args: argparse.Namespace):
     for left in args.outdir.rglob(".*.tmp"):  # by a killed training: the lock says that no other is writing them
         left.unlink(missing_ok=True)
     return lock
-
-
-def save_tensors(content: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes tensors of the CPU, which open where there is no GPU too."""
-    with atomic_write(path, durable=True) as file:
-        torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
 
 
 def save_params(state: State, outdir: Path) -> None:
