@@ -1,45 +1,64 @@
-"""Photos (a folder, a zip, or drawn ones) -> square RGB crops, data/<size>/{train,valid,test}/<name>.png.
+"""Photos (a folder, a zip or drawn faces) -> square RGB crops, data/<size>/{train,valid,test}/<name>.png.
 
-    python preprocess.py img_align_celeba.zip --partition list_eval_partition.txt    # CelebA, read in place
-    python preprocess.py my_photos --sizes 64 128 --crop 400                         # any folder, recursively
-    python preprocess.py --demo 4000 --sizes 64                                      # no data: drawn faces
-    python preprocess.py --download                                                  # CelebA by torchvision
+    python preprocess.py img_align_celeba.zip --partition list_eval_partition.txt    # CelebA; the zip stays zipped
+    python preprocess.py my_photos --sizes 64 128 --crop 400                         # any folder and its subfolders
+    python preprocess.py --demo 4000 --sizes 64                                      # drawn faces, without any data
+    python preprocess.py --download                                                  # CelebA, fetched by torchvision
 
-Each photo is decoded once: EXIF orientation, first frame, RGB (transparency over white), the centred square, an
-antialiased resize. Run again it does only what is missing; another --crop needs another --dataroot. Photos that give
-no crop are listed with their reasons in data/skipped.txt. The split is CelebA's partition file, where given or found,
-or else 90/10 by a hash of the name, which never moves an image when others are added.
+Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
+animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
+Crops of another --crop need another --dataroot. data/skipped.txt lists the photos that gave no crop, with the reason.
+The split is CelebA's partition file where it is given or found. Otherwise a hash of each name decides, 90 to 10, so
+that new photos never move an old one.
 """
 
 import argparse
 import errno
-import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from support.cli import Formatter, count_cores, natural
-from support.files import atomic_write, cannot_write, printable
-from support.images import PNG
-from support.photos import SPLITS, Photo, find_photos, open_zip, read_photo, to_rgb
+from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.demo_faces import draw_face
+from support.files import UserError, atomic_write, cannot_write, printable
+from support.images import PNG_OPTIONS
+from support.photos import SPLITS, Photo, assign_splits, find_partition, list_photos, open_photo, open_zip, to_rgb
+from support.workers import map_in_processes
 
 
-def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
-    """Note in each photo which sizes have no crop yet. Makes the folders; clears what a killed run left."""
-    there = {}
+class Result(NamedTuple):
+    """What became of one photo: why a size has no crop ("" where written), and why the photo gives none at all."""
+
+    photo: Photo
+    sizes: dict[int, str]
+    reason: str
+
+
+def find_photos(args: argparse.Namespace) -> list[Photo]:
+    """The photos of SRC, or the faces to draw, each with its split and name or a reason to leave it out."""
+    if args.demo:
+        photos, found = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)], None
+    else:
+        photos, found = list_photos(args.src, args.dataroot), find_partition(args.src)
+    partition = args.partition or found
+    photos = [photo for photo in photos if photo.where != str(partition)]
+    if not photos:
+        raise UserError(f"SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
+    return assign_splits(photos, partition, must_match=args.partition is not None)
+
+
+def list_crops(args: argparse.Namespace) -> dict[tuple[int, str], str]:
+    """{(size, name): split} of the crops on disk. Makes the folders and removes what a killed run left in them."""
+    crops = {}
     for size in args.sizes:
         for split in SPLITS:
             folder = args.dataroot / str(size) / split
@@ -50,124 +69,123 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
                 raise cannot_write(folder, error) from error
             for name in names:
                 if name.endswith(".png"):
-                    there[size, name.removesuffix(".png")] = split
-                with suppress(OSError):  # a minute old: no other run is still writing it
+                    crops[size, name.removesuffix(".png")] = split
+                with suppress(OSError):  # after a minute, no other run is still writing the file
                     if name.endswith(".tmp") and time.time() - (folder / name).stat().st_mtime > 60:
                         (folder / name).unlink()
-        refuse_other_crop(args, size, begun=any(key[0] == size for key in there))
+    return crops
+
+
+def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
+    """The same photos, each with the sizes whose crop is missing. Raises UserError where a photo changes its split."""
+    crops = list_crops(args)
+    for size in args.sizes:
+        refuse_other_crop(args, size, has_crops=any(crop_size == size for crop_size, _ in crops))
     for photo in photos:
         for size in args.sizes:
-            old = there.get((size, photo.name), photo.split)
+            old = crops.get((size, photo.name), photo.split)
             if old != photo.split and not photo.reason:
-                raise SystemExit(f"error: {printable(photo.name)}.png is in {args.dataroot / str(size) / old} already "
-                                 f"and would now be in {photo.split}; give the same --partition as before, or remove "
-                                 f"{args.dataroot / str(size)}")
-    return [p._replace(todo=tuple(size for size in args.sizes if (size, p.name) not in there)) for p in photos]
+                folder = args.dataroot / str(size)
+                raise UserError(f"{printable(photo.name)}.png is in {folder / old} already and would now be in "
+                                f"{photo.split}; give the same --partition as before, or remove {folder}")
+    return [p._replace(todo=tuple(size for size in args.sizes if (size, p.name) not in crops)) for p in photos]
 
 
-def refuse_other_crop(args: argparse.Namespace, size: int, begun: bool) -> None:
-    """Keeps --crop beside the first crops of a size. Raises SystemExit when it is another now: they would not match."""
+def refuse_other_crop(args: argparse.Namespace, size: int, has_crops: bool) -> None:
+    """Note --crop in crop.txt with the first crops of a size. Raises UserError when they had another --crop."""
     note, now = args.dataroot / str(size) / "crop.txt", f"--crop {args.crop}" if args.crop else "no --crop"
     try:
-        before = note.read_text(errors="replace") if begun and note.exists() else now
+        before = note.read_text(errors="replace") if has_crops and note.exists() else now
     except OSError as error:
         raise cannot_write(note, error) from error
     if before != now:
-        raise SystemExit(f"error: the crops in {note.parent} were made with {printable(before)}, now it is {now}; give "
-                         f"the same as before or another --dataroot, or remove {note.parent}")
-    if not begun:
+        raise UserError(f"the crops in {note.parent} were made with {printable(before)}, now it is {now}; give the "
+                        f"same as before or another --dataroot, or remove {note.parent}")
+    if not has_crops:
         with atomic_write(note) as file:
             file.write(now.encode())
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The centred square of the upright photo, RGB, `side` pixels of its own wide."""
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """The centred square of the upright photo, RGB, `side` source pixels wide."""
     image.load()
-    with suppress(Exception):  # damaged EXIF: the pixels are as good without it
+    with suppress(Exception):  # damaged EXIF does not damage the pixels
         ImageOps.exif_transpose(image, in_place=True)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return to_rgb(image if box == (0, 0, *image.size) else image.crop(box))  # a copy of 50 MP takes 200 MB
 
 
-def process(args: argparse.Namespace, photo: Photo) -> tuple[dict[int, str], str]:
-    """Write the missing crops of one photo.
+def read_square(args: argparse.Namespace, photo: Photo) -> tuple[Image.Image | None, dict[int, str], str]:
+    """(square of a photo, {size: why it gives no crop}, why it gives no crop of any size). Raises any exception."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata
+        image = draw_face(args.seed, photo.where) if args.demo else open_photo(args.src, photo)
+        short = min(image.size)
+        side = args.crop or short
+        if side > short:
+            too_small = dict.fromkeys(args.sizes, "smaller than --crop")
+        else:
+            upscaled = [size for size in args.sizes if side < size and not args.allow_upscale]
+            too_small = {size: f"smaller than {size}" for size in upscaled}
+        sizes = {size: too_small.get(size, "") for size in photo.todo}
+        reason = too_small[args.sizes[0]] if len(too_small) == len(args.sizes) else ""
+        return (None if all(sizes.values()) else crop_square(image, side)), sizes, reason
 
-    Returns {size: why there is none, '' where written} and why the photo gives no crop at all, '' if it does.
-    Raises SystemExit where nothing more can be written (a full disk).
-    """
+
+def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
+    """Write the missing crops of one photo. Raises UserError when nothing more can be written (a full disk)."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata
-            image = read_photo(args, photo)
-            side, short = args.crop or min(image.size), min(image.size)
-            small = {size: f"smaller than {size}" for size in args.sizes if side < size and not args.allow_upscale}
-            if side > short:
-                small = dict.fromkeys(args.sizes, "smaller than --crop")
-            outcome = {size: small.get(size, "") for size in photo.todo}
-            crop = None if all(outcome.values()) else square(image, side)
-    except Exception as error:  # decoders raise anything
-        return {}, f"unreadable: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
-    for size in (size for size, reason in outcome.items() if not reason):
-        # Bicubic, its support scaled with the reduction: less ringing than Lanczos, in 0.6 of the time.
-        face = crop.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
+        square, sizes, reason = read_square(args, photo)
+    except Exception as error:  # decoders raise any kind
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return Result(photo, {}, f"unreadable: {why}")
+    for size in (size for size, why in sizes.items() if not why):
+        # Bicubic with a support scaled by the reduction: less ringing than Lanczos, in 0.6 of the time.
+        crop = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
         try:
             with atomic_write(args.dataroot / str(size) / photo.split / f"{photo.name}.png") as file:
-                face.save(file, "PNG", **PNG)
-        except SystemExit as stop:
-            if getattr(stop.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                crop.save(file, "PNG", **PNG_OPTIONS)
+        except UserError as error:
+            if error.errno != errno.ENAMETOOLONG:
                 raise
-            return {}, "name too long"
-    return outcome, small[args.sizes[0]] if len(small) == len(args.sizes) else ""
+            return Result(photo, {}, "name too long")
+    return Result(photo, sizes, reason)
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end when it does, even by kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[Result]) -> None:
+    """List the photos that gave no crop in skipped.txt. Raises UserError when that is all of them."""
+    skipped = [(photo.key, photo.reason) for photo in photos if photo.reason]
+    skipped += [(result.photo.key, result.reason) for result in results if result.reason]
+    path = args.dataroot / "skipped.txt"
+    with atomic_write(path) as file:
+        file.writelines(f"{printable(key)}: {printable(why)}\n".encode() for key, why in sorted(skipped))
+    if len(skipped) == len(photos):
+        raise UserError(f"{printable(args.src or '--demo')} gave no crop: {path} says why, file by file; give a folder "
+                        "of photos, or a zip of them")
 
 
-def run(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, dict[int, str], str]]:
-    """(photo, *process(photo)) for each of `photos`, in all worker processes."""
-    work, bar = partial(process, args), partial(tqdm, photos, unit="img", desc="preprocess", disable=None)
-    pool = None
-    if args.workers > 1 and len(photos) >= 32:
-        with suppress(OSError):  # no /dev/shm, so no semaphores: this process has to do
-            pool = ProcessPoolExecutor(min(args.workers, 61), initializer=start_worker)  # Windows takes no more
-    if pool is None:
-        return [(photo, *work(photo)) for photo in bar()]
-    try:
-        results = pool.map(work, photos, chunksize=8)
-        return [(photo, *result) for photo, result in zip(bar(), results, strict=True)]
-    except BrokenProcessPool:
-        raise SystemExit("error: a worker process was killed (out of memory?); run the same command again, perhaps "
-                         "with fewer --workers: what was written stays") from None
-    finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C too: the chunks in work are done within a second or so
-
-
-def summary(args: argparse.Namespace, photos: list[Photo], results: list, seconds: float) -> str:
-    """The last line: written, there already and skipped for each size, then what gave no crop, by reason."""
+def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result], seconds: float) -> str:
+    """The last line: written, there already and skipped for each size, then the photos without a crop by reason."""
     parts = []
     for size in args.sizes:
-        written = Counter(photo.split for photo, outcome, _ in results if outcome.get(size) == "")
-        small = Counter(outcome[size] for _, outcome, _ in results if outcome.get(size))
+        written = Counter(result.photo.split for result in results if result.sizes.get(size) == "")
+        small = Counter(result.sizes[size] for result in results if result.sizes.get(size))
         there = sum(not photo.reason and size not in photo.todo for photo in photos)
         splits = ", ".join(f"{written[split]:,} {split}" for split in SPLITS if written[split])
         skipped = "".join(f", {count:,} skipped: {reason}" for reason, count in small.items())
         splits = f" ({splits})" if splits else ""
         parts.append(f"{size}: {written.total():,} written{splits}, {there:,} there already{skipped}")
-    reasons = [photo.reason for photo in photos] + [why for _, outcome, why in results if not outcome]
+    reasons = [photo.reason for photo in photos] + [result.reason for result in results if not result.sizes]
     if any(reasons):
         kinds = Counter(reason.partition(":")[0] for reason in reasons if reason)
-        parts.append(", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-                     + f" (listed in {args.dataroot / 'skipped.txt'})")
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        parts.append(f"{counts} (listed in {args.dataroot / 'skipped.txt'})")
     return "; ".join([*parts, f"{len(results) / max(seconds, 1e-9):,.0f} img/s"])
 
 
 def download(dataroot: Path) -> Path:
-    """CelebA's zip, fetched by torchvision into `dataroot`/celeba unless it is there. Raises SystemExit."""
+    """CelebA's zip in `dataroot`/celeba, fetched by torchvision unless it is there. Raises UserError."""
     src = dataroot / "celeba" / "img_align_celeba.zip"
     if not (src.is_file() and (src.parent / "list_eval_partition.txt").is_file()):
         try:
@@ -176,26 +194,28 @@ def download(dataroot: Path) -> Path:
             CelebA(str(dataroot), split="all", download=True)
         except Exception as error:  # Google Drive's quota, no gdown, no network
             command = shlex.join(["python", "preprocess.py", str(src), "--dataroot", str(dataroot)])
-            raise SystemExit(
-                f"error: CelebA could not be downloaded ({printable(error)[:200]}); put img_align_celeba.zip and "
+            raise UserError(
+                f"CelebA could not be downloaded ({printable(error)[:200]}); put img_align_celeba.zip and "
                 "list_eval_partition.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into "
                 f"{src.parent} by hand and run: {command}") from None
     return src
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    add = parser.add_argument
-    add("src", nargs="?", type=Path, metavar="SRC", help="folder of photos (recursively) or a .zip")
-    add("--dataroot", type=Path, default=Path("data"), help="folder for the crops")
-    add("--sizes", type=natural(1), nargs="+", default=[64, 128], help="sides of the crops")
-    add("--crop", type=natural(1), help="side of the square in source pixels, if not the short side")
-    add("--allow-upscale", action="store_true", help="keep photos whose square is below a size")
-    add("--partition", type=Path, help="list_eval_partition.txt, if not the one in or beside SRC")
-    add("--demo", type=natural(1), metavar="N", help="draw N faces instead of reading SRC")
-    add("--seed", type=natural(0), default=0, help="of the faces that --demo draws")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("source (give one)").add_argument
+    add("src", nargs="?", type=Path, metavar="SRC", help="folder of photos, with its subfolders, or a .zip")
+    add("--demo", type=int_at_least(1), metavar="N", help="draw N faces instead of reading SRC")
+    add("--seed", type=int_at_least(0), default=0, help="random seed of the faces that --demo draws")
     add("--download", action="store_true", help="fetch CelebA instead of reading SRC")
-    add("--workers", type=natural(0), default=count_cores(), help="processes; 0 works in this one")
+    add = parser.add_argument_group("crops").add_argument
+    add("--dataroot", type=Path, default=Path("data"), help="folder for the crops")
+    add("--sizes", type=int_at_least(1), nargs="+", default=[64, 128], help="sides of the crops in pixels")
+    add("--crop", type=int_at_least(1), help="side of the square in source pixels (default: the photo's short side)")
+    add("--allow-upscale", action="store_true", help="also make crops that are larger than their square in the photo")
+    add("--partition", type=Path, help="list_eval_partition.txt (default: the one in or next to SRC, if any)")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--workers", type=int_at_least(0), default=count_cores(), help="worker processes; 0 starts none")
     args = parser.parse_args(argv)
     args.sizes = sorted(set(args.sizes))
     return args
@@ -204,30 +224,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if (args.src is not None) + bool(args.demo) + args.download != 1:
-        raise SystemExit("error: give one of SRC (a folder of photos or a .zip), --demo N or --download")
+        raise UserError("give one of SRC (a folder of photos or a .zip), --demo N or --download")
     if args.download:
         args.src = download(args.dataroot)
-    photos = find_photos(args)
-    if not photos:
-        raise SystemExit(f"error: SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
-    photos = find_missing(args, photos)
+    photos = find_missing(args, find_photos(args))
     start = time.perf_counter()
     try:
-        results = run(args, [photo for photo in photos if photo.todo and not photo.reason])
+        todo = [photo for photo in photos if photo.todo and not photo.reason]
+        results = map_in_processes(partial(make_crops, args), todo, args.workers, "preprocess")
     except KeyboardInterrupt:
         print("stopped: run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise
     finally:
         open_zip.cache_clear()
     seconds = time.perf_counter() - start
-    skipped = [(p.key, p.reason) for p in photos if p.reason] + [(p.key, why) for p, _, why in results if why]
-    with atomic_write(args.dataroot / "skipped.txt") as file:
-        file.writelines(f"{printable(key)}: {printable(why)}\n".encode() for key, why in sorted(skipped))
-    if len(skipped) == len(photos):
-        raise SystemExit(f"error: {printable(args.src or '--demo')} gave no crop: {args.dataroot / 'skipped.txt'} says "
-                         "why, file by file; give a folder of photos, or a zip of them")
+    write_skipped(args, photos, results)
     print(summary(args, photos, results, seconds))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,9 @@
-"""Files written whole or not at all, and what is said where they cannot be."""
+"""Files that are written whole or not at all, and the one kind of error that a user can mend. Imports no torch.
+
+    from support.files import UserError, atomic_write
+    with atomic_write("faces.png") as file:
+        file.write(png)
+"""
 
 import errno
 import os
@@ -6,28 +11,49 @@ import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ADVICE = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
+
+
+class UserError(Exception):
+    """One sentence that names a file or a flag and says what to do. support/cli.py's run() prints it.
+
+    `errno` is the system's error number where a file could not be written.
+    """
+
+    errno: int | None = None
+
 
 def printable(text: object) -> str:
-    """`text` on one line: what cannot be printed (newlines, broken UTF-8) as backslash escapes."""
+    """`text` on one line: newlines, broken UTF-8 and other unprintable characters become backslash escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def cannot_write(path: Path, error: OSError) -> SystemExit:
-    """One sentence about an OSError: which path, why, what to do."""
-    advice = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
-    todo = advice.get(error.errno, "check the folder or choose another one")
-    return SystemExit(f"error: cannot write {printable(path)}: {error.strerror or error}; {todo}")
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """A UserError that says which path could not be written, why, and what to do."""
+    advice = ADVICE.get(error.errno, "check the folder or choose another one")
+    problem = UserError(f"cannot write {printable(path)}: {error.strerror or error}; {advice}")
+    problem.errno = error.errno
+    return problem
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in `folder`. A rename is durable only after that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = False):
-    """Yield a binary file that appears at `path` whole when the block ends well, and otherwise not at all.
+    """Yield a binary file that replaces `path` when the block ends without an exception, and vanishes otherwise.
 
-    `durable` waits until the disk has it. Raises SystemExit, one sentence, where `path` cannot be written; its
-    __cause__ is the OSError.
+    `durable` waits until the disk has the file. Raises UserError when `path` cannot be written.
     """
     path = Path(path)
-    temp = path.with_name(f".{secrets.token_hex(5)}.tmp")  # short, as the name of `path` may use all 255 bytes
+    temp = path.with_name(f".{secrets.token_hex(5)}.tmp")  # short: the name of `path` may use all 255 bytes
     try:
         with temp.open("xb") as file:
             yield file
@@ -35,13 +61,9 @@ def atomic_write(path: str | Path, durable: bool = False):
             if durable:
                 os.fsync(file.fileno())
         temp.replace(path)
-        if durable and os.name == "posix":  # a rename is on the disk once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the OSError of a full disk
+        if durable:
+            sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns the OSError of a full disk into a RuntimeError
         while error is not None and not isinstance(error, OSError):
             error = error.__context__
         if error is None:

@@ -1,4 +1,7 @@
-"""Pictures: grids, PNGs, animations, plots."""
+"""Pictures: grids, PNG files, animations and plots. Imports no torch, since preprocess.py's workers import it.
+
+    save_image(image_grid(faces), Path("grid.png"))      # faces: uint8 (N,3,H,W)
+"""
 
 import io
 from collections.abc import Sequence
@@ -10,49 +13,56 @@ from PIL import Image, ImageDraw
 from support.files import atomic_write
 
 if TYPE_CHECKING:
-    import torch  # for the annotations only: preprocess.py's workers import this module
+    from torch import Tensor
 
 # Level 1 with zlib's Z_RLE: a third of the default's time at 128x128, for 2 % more bytes.
-PNG = {"compress_level": 1, "compress_type": 3}
+PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}
+GAP = 2  # black pixels between the images of a grid and around them
 
 
-def image_grid(images: "torch.Tensor", columns: int = 8) -> Image.Image:
-    """One picture of uint8 images (N,3,H,W), row by row with two black pixels between: pixels as they are."""
+def to_pil(image: "Tensor") -> Image.Image:
+    """An image uint8 (3,H,W) on the CPU as a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def encode_png(image: "Tensor") -> memoryview:
+    """The PNG file of an image uint8 (3,H,W)."""
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG", **PNG_OPTIONS)
+    return file.getbuffer()
+
+
+def image_grid(images: "Tensor", columns: int = 8) -> Image.Image:
+    """One picture of images uint8 (N,3,H,W), row by row. torchvision's make_grid takes 2 s to import, for 8 lines."""
     n, _, height, width = images.shape
     columns = min(columns, n)
-    grid = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2))
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        grid.paste(Image.fromarray(image), (2 + i % columns * (width + 2), 2 + i // columns * (height + 2)))
+    rows = -(-n // columns)
+    grid = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP))
+    for i, image in enumerate(images):
+        grid.paste(to_pil(image), (GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP)))
     return grid
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Writes `image` to `path`, whole or not at all, in the format of its suffix."""
+    """Write `image` to `path`, whole or not at all, in the format of its suffix. Raises UserError."""
     with atomic_write(path) as file:
         image.save(file, path.suffix[1:], **options)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:
-    """An endless GIF; the last frame stays a second."""
+    """An endless GIF that shows its last frame for a second. Raises UserError when `path` cannot be written."""
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def encode_png(image: "torch.Tensor") -> memoryview:
-    """The PNG file of an image uint8 (3,S,S)."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", **PNG)
-    return file.getbuffer()
-
-
-def plot(rows: list[dict], colours: dict[str, str], path: Path) -> None:
-    """A picture of the fields `colours` of `rows` against images seen."""
+def save_plot(rows: list[dict], colours: dict[str, str], path: Path) -> None:
+    """A line plot of the fields `colours` of `rows` against rows' "images_seen". Raises UserError."""
     width, height, margin = 900, 420, 50
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     top = max([row[name] for row in rows for name in colours] + [1e-9])
     last = max(row["images_seen"] for row in rows)
-    for i in range(5):
+    for i in range(5):  # grid lines and tick labels
         y = height - margin - i / 4 * (height - 2 * margin)
         draw.line([(margin, y), (width - margin, y)], "#dddddd")
         draw.text((8, y - 6), f"{top * i / 4:.2f}", "black")
