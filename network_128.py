@@ -1,9 +1,9 @@
-"""The DCGAN for 128x128 faces: network.py's layers, one block deeper.
+"""The DCGAN for 128x128 faces: the layers of network.py, with one more block.
 
-    from network_128 import Generator, Discriminator
-    images = Generator()(latents(range(16)))        # (16,3,128,128), float32 in [-1,1]
+    from network_128 import Discriminator, Generator
+    images = Generator()(torch.randn(16, 100, 1, 1))        # (16,3,128,128), float32 in [-1,1]
 
-Trained by `python train.py --image-size 128`.
+`python train.py --image-size 128` trains it.
 """
 
 import network

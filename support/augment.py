@@ -1,15 +1,17 @@
-"""DiffAugment."""
+"""DiffAugment (color, translation): random changes that D sees on real and generated images alike.
+
+Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020. D cannot memorise images that it never
+sees twice, and G learns through the augmentation since that is differentiable.
+"""
 
 import torch
 
 
 def augment(images: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
-    """Images (N,3,S,S) in [-1,1], each in other colours and shifted by up to an eighth of its side; differentiable.
+    """Images (N,3,S,S) in [-1,1], each in other colours and shifted by up to S/8; differentiable.
 
-    `u` (N,5), uniform in [0,1), says how: brightness, saturation, contrast, and the shift down and right, past grey;
-    None leaves them as they are. Where D sees real and generated images alike through this, it cannot know the real
-    ones by heart (Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020: its colours and
-    translation).
+    The columns of `u` (N,5), uniform in [0,1), set brightness, saturation, contrast, and the shifts down and right.
+    Grey pixels fill the border. With `u` None the images stay unchanged.
     """
     if u is None:
         return images
@@ -20,9 +22,9 @@ def augment(images: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * (contrast + 0.5) + mean
 
-    size, most = images.shape[-1], images.shape[-1] // 8
-    shift = (u[:, 3:] * (2 * most + 1)).long()
+    size, largest = images.shape[-1], images.shape[-1] // 8
+    shift = (u[:, 3:] * (2 * largest + 1)).long()
     rows, columns = (shift.T[:, :, None] + torch.arange(size, device=u.device)).unbind()
-    padded = torch.nn.functional.pad(images, [most] * 4).permute(0, 2, 3, 1)
-    which = torch.arange(len(images), device=u.device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    padded = torch.nn.functional.pad(images, [largest] * 4).permute(0, 2, 3, 1)
+    index = torch.arange(len(images), device=u.device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,9 +1,11 @@
-"""A training on the disk: its checkpoints, parameters, log and lock. What --resume goes on from.
+"""A training on disk: its folder and lock, parameters and checkpoints. --resume goes on from these files.
 
-    from checkpoint import State, open_outdir, save_checkpoint, load_checkpoint
+    lock = open_outdir(args.outdir, args.resume)
+    save_checkpoint(state, args, log)
+    load_checkpoint(state, args)
 
-Every file is written under another name, flushed to the disk and renamed: it is whole or it is not there. The
-checkpoint before the newest stays until the newest is whole, and takes its place where that is damaged later.
+Each file is written under another name, flushed to the disk and renamed, so it is whole or absent. The previous
+checkpoint stays until the newest is whole, and replaces it when the newest turns out to be damaged.
 """
 
 import argparse
@@ -15,31 +17,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import PIL
 import torch
 from torch import nn
 
-from support.files import atomic_write, printable
+from support.files import UserError, atomic_write, printable
 from support.weights import load_tensors, nested_tensors, save_tensors
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
-# What has to be the same for a resumed training to be the same training.
+# A resumed training is the same training only if these are the same.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
 FIXED += ("precision", "seed", "data_sha256")
 
 
 @dataclass
-class State:
-    """All that a step changes. `totals` holds sums of loss_d, loss_g, D(x), D(G(z)) since the last row of the log.
+class TrainState:
+    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row.
 
-    `graph` is how the step is launched, where not as a plain function.
+    `graph` launches a step on a GPU; None calls the step itself.
     """
 
     netG: nn.Module
     netD: nn.Module
-    average: nn.Module
+    netG_ema: nn.Module
     optG: torch.optim.Optimizer
     optD: torch.optim.Optimizer
     totals: torch.Tensor
@@ -47,47 +50,76 @@ class State:
     step: int = 0
 
     def parts(self) -> dict:
-        return {name: getattr(self, name) for name in ("netG", "netD", "average", "optG", "optD")}
+        """Networks and optimisers by their names in a checkpoint, where the EMA weights are called "average"."""
+        parts = {"netG": self.netG, "netD": self.netD, "average": self.netG_ema}
+        return parts | {"optG": self.optG, "optD": self.optD}
+
+    def refuse_divergence(self, outdir: Path) -> None:
+        """Raise UserError when a loss is NaN or infinite."""
+        if not self.totals.isfinite().all():
+            raise UserError(
+                f"a loss is NaN or infinite near step {self.step}: training has diverged; "
+                f"{name_last_checkpoint(outdir)}; start again in another --outdir with another --seed or a lower --lr"
+            )
 
 
-def open_outdir(args: argparse.Namespace):
-    """Makes --outdir and locks it: the system lets go of the lock however this process ends."""
-    outdir = printable(args.outdir)
-    begun = any((args.outdir / name).exists() for name in CHECKPOINTS)
-    if begun and not args.resume:
-        raise SystemExit(f"error: {outdir} holds a training; go on by --resume, or choose another --outdir")
-    if not begun and (args.outdir / "generator.params").exists():
-        raise SystemExit(f"error: {outdir} holds the generator.params of another training; choose another --outdir")
-    if args.resume and not begun:
-        raise SystemExit(f"error: --resume: there is no checkpoint in {outdir}; leave out --resume to start one")
+def name_last_checkpoint(outdir: Path) -> str:
+    newest = outdir / CHECKPOINTS[0]
+    return f"the last good checkpoint is {newest}" if newest.exists() else "there is no checkpoint yet"
+
+
+def open_outdir(outdir: Path, resume: bool) -> TextIO:
+    """Make `outdir` and lock it. The system releases the lock however this process ends. Raises UserError."""
+    shown = printable(outdir)
+    has_checkpoint = any((outdir / name).exists() for name in CHECKPOINTS)
+    if has_checkpoint and not resume:
+        raise UserError(f"{shown} holds a training; go on by --resume, or choose another --outdir")
+    if not has_checkpoint and (outdir / "generator.params").exists():
+        raise UserError(f"{shown} holds the generator.params of another training; choose another --outdir")
+    if resume and not has_checkpoint:
+        raise UserError(f"--resume: there is no checkpoint in {shown}; leave out --resume to start one")
     try:
-        (args.outdir / "samples").mkdir(parents=True, exist_ok=True)
-        lock = (args.outdir / ".lock").open("w")
+        (outdir / "samples").mkdir(parents=True, exist_ok=True)
+        lock = (outdir / ".lock").open("w")
     except OSError as error:
-        raise SystemExit(f"error: cannot write to --outdir {outdir} ({error.strerror}); choose another") from None
+        raise UserError(f"cannot write to --outdir {shown} ({error.strerror}); choose another") from None
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except OSError:
-        raise SystemExit(f"error: another training is running in {outdir}; choose another --outdir") from None
-    for left in args.outdir.rglob(".*.tmp"):  # by a killed training: the lock says that no other is writing them
-        left.unlink(missing_ok=True)
+        raise UserError(f"another training is running in {shown}; choose another --outdir") from None
+    for leftover in outdir.rglob(".*.tmp"):  # of a killed training: the lock proves that no other is writing them
+        leftover.unlink(missing_ok=True)
     return lock
 
 
-def save_params(state: State, outdir: Path) -> None:
-    for net, name in ((state.average, "generator.params"), (state.netG, "generator_raw.params")):
+def lock_file(file: TextIO) -> None:
+    """Lock an open file for this process alone. Raises OSError when another process has locked it."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def save_params(state: TrainState, outdir: Path) -> None:
+    """Write the EMA weights to generator.params and the raw (non-EMA) weights to generator_raw.params."""
+    for net, name in ((state.netG_ema, "generator.params"), (state.netG, "generator_raw.params")):
         save_tensors(net.state_dict(), outdir / name)
 
 
-def save_checkpoint(state: State, args: argparse.Namespace) -> None:
-    """Everything that the next step depends on. The checkpoint before it stays until the new one is whole."""
+def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | None) -> None:
+    """Write everything that the next step depends on. Only the process that has the file `log` writes.
+
+    The rows of the log reach the disk before the checkpoint does, and the previous checkpoint stays until the new one
+    is whole. Raises UserError when a loss is NaN or infinite, so that no checkpoint holds such a state.
+    """
+    state.refuse_divergence(args.outdir)
+    if not log:
+        return
+    os.fsync(log.fileno())
     content = {name: part.state_dict() for name, part in state.parts().items()}
     content |= {"step": state.step, "totals": state.totals, "fixed": {name: getattr(args, name) for name in FIXED}}
     newest, previous = (args.outdir / name for name in CHECKPOINTS)
@@ -98,20 +130,9 @@ def save_checkpoint(state: State, args: argparse.Namespace) -> None:
             newest.replace(previous)
 
 
-def load_checkpoint(state: State, args: argparse.Namespace) -> None:
-    """Puts the last whole checkpoint of --outdir into `state`. Raises SystemExit when there is none that fits."""
-    problems = []
-    for name in CHECKPOINTS:
-        try:
-            content = load_tensors(args.outdir / name, "leave out --resume to start anew in another --outdir")
-            break
-        except SystemExit as problem:
-            problems.append(str(problem))
-    else:
-        raise SystemExit(problems[0])
-    newest = args.outdir / CHECKPOINTS[0]
-    if problems and newest.exists():
-        print(f"warning: {newest} is damaged: going on from {name}", file=sys.stderr)
+def load_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
+    """Load the newest whole checkpoint of --outdir into `state`. Raises UserError when none fits."""
+    name, content = read_checkpoint(args.outdir)
     try:
         refuse_other_settings(content["fixed"], args)
         for part, value in state.parts().items():
@@ -121,45 +142,41 @@ def load_checkpoint(state: State, args: argparse.Namespace) -> None:
         if not (state.step >= 0 and all(tensor.isfinite().all() for _, tensor in nested_tensors(content))):
             raise ValueError("NaN or infinite values")
         for parameter, moments in [*state.optG.state.items(), *state.optD.state.items()]:
-            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            if any(moments[moment].shape != parameter.shape for moment in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("moments of other parameters")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        where, why = args.outdir / name, printable(error)[:100]
-        raise SystemExit(
-            f"error: {where} is not a checkpoint of this training ({why}); choose another --outdir"
-        ) from None
+        path, why = args.outdir / name, printable(error)[:100]
+        raise UserError(f"{path} is not a checkpoint of this training ({why}); choose another --outdir") from None
+
+
+def read_checkpoint(outdir: Path) -> tuple[str, dict]:
+    """(name, content) of the newest whole checkpoint in `outdir`. Raises UserError when all are damaged."""
+    problems = []
+    for name in CHECKPOINTS:
+        try:
+            content = load_tensors(outdir / name, "leave out --resume and start again in another --outdir")
+        except UserError as problem:
+            problems.append(problem)
+            continue
+        newest = outdir / CHECKPOINTS[0]
+        if problems and newest.exists():
+            print(f"warning: {newest} is damaged: going on from {name}", file=sys.stderr)
+        return name, content
+    raise problems[0]
 
 
 def refuse_other_settings(fixed: dict, args: argparse.Namespace) -> None:
+    """Raise UserError when a setting of the checkpoint differs from that of this run."""
     for name in FIXED:
         if fixed[name] != getattr(args, name):
-            told = f"--{name.replace('_', '-')} was {fixed[name]} in {args.outdir}, now {getattr(args, name)}"
+            message = f"--{name.replace('_', '-')} was {fixed[name]} in {args.outdir}, now {getattr(args, name)}"
             if name == "data_sha256":
-                told = f"the training images are others than those of {args.outdir}"
-            raise SystemExit(f"error: --resume: {told}; make it the same again, or start anew in another --outdir")
-
-
-def read_log(path: Path, last_step: int) -> list[dict]:
-    """The rows of log.jsonl up to `last_step`; a killed training may have left later ones, and half a row."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return [row for row in rows if row["step"] <= last_step]
-
-
-def continue_log(outdir: Path, step: int):
-    """log.jsonl, open for further rows: what a killed training wrote after `step` is taken out of it."""
-    rows = read_log(outdir / "log.jsonl", step)
-    with atomic_write(outdir / "log.jsonl", durable=True) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    return (outdir / "log.jsonl").open("a")
+                message = f"the training images differ from those of {args.outdir}"
+            raise UserError(f"--resume: {message}; use the same, or start again in another --outdir")
 
 
 def git_commit() -> str | None:
-    """The commit of this repository, "-dirty" where files were changed, if it is one and git is there to ask."""
+    """The commit of this repository, with "-dirty" after local changes. None without git or outside a clone."""
     here, command = Path(__file__).resolve().parent, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
@@ -168,12 +185,12 @@ def git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def save_args(args: argparse.Namespace, device: torch.device, world: int) -> None:
-    """args.json: everything that goes into the result."""
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    facts |= {"device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
-    facts |= {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    facts |= {"python": platform.python_version(), "git_commit": git_commit()}
-    facts |= {"device_type": device.type, "threads": torch.get_num_threads(), "processes": world}
+def save_args(args: argparse.Namespace, device: torch.device, world_size: int) -> None:
+    """Write args.json: flags, versions, device and data, all that the result depends on."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    settings |= {"device_type": device.type, "device_name": device_name, "processes": world_size}
+    settings |= {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    settings |= {"python": platform.python_version(), "git_commit": git_commit(), "threads": torch.get_num_threads()}
     with atomic_write(args.outdir / "args.json") as file:
-        file.write(json.dumps(facts, indent=2).encode())
+        file.write(json.dumps(settings, indent=2).encode())

@@ -1,29 +1,37 @@
-"""Device, precision, memory."""
+"""Devices: which one, in which precision, and how much memory there is.
+
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+"""
 
 import ctypes
 import multiprocessing
 import os
+import re
 import sys
+from contextlib import contextmanager
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that --precision has
+from support.files import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that --precision takes
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU. Raises SystemExit when the device is not on this machine."""
+    """`auto` is CUDA, else MPS, else the CPU. Raises UserError when this machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).cpu()  # meta, of which there is none on any machine, fails only here
+        torch.empty(1, device=device).cpu()  # the device "meta" fails only here
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise SystemExit(f"error: --device {name} is not on this machine; use --device auto or cpu") from None
+        raise UserError(f"--device {name} is not on this machine; use --device auto or cpu") from None
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """bf16 where `auto` finds units made for it, else fp32."""
+    """`auto` is bf16 on hardware with bf16 support, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -32,10 +40,32 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: it gives large blocks back, and gets them anew, zeroed, in each step.
+@contextmanager
+def explain_out_of_memory(remedy: str):
+    """Turn a device's out-of-memory error into a UserError that ends in `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch or CUDA, of the CPU, of cuBLAS
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            raise UserError(f"the device is out of memory; {remedy}") from None
+        raise
 
-    That costs up to a tenth of the time of a CPU. Elsewhere (Windows, macOS, musl) nothing changes.
+
+def set_up_device(device: torch.device, deterministic: bool) -> None:
+    """Settings of torch and of the C library that training wants; `deterministic` gives up some speed on a GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to work
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # tries the algorithms once, since shapes never change
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep the memory that a step frees. Other C libraries ignore this.
+
+    Otherwise glibc returns large blocks to the system, which zeroes them when the next step asks for them again. That
+    costs up to a tenth of the training time on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -43,20 +73,20 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def fits_in_memory(n: int, image_size: int) -> bool:
+    """Whether `n` uint8 images take less than half of this machine's memory (8 GiB where the system does not say)."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        memory = 8 * 2**30
+    return 3 * image_size**2 * n < memory / 2
+
+
 def can_start_workers() -> bool:
-    """Whether processes can share memory and locks here: not so in a container without /dev/shm."""
+    """Whether processes can share memory and locks. In a container without /dev/shm they cannot."""
     try:
         torch.zeros(1).share_memory_()
         multiprocessing.Lock()
     except (OSError, RuntimeError):
         return False
     return True
-
-
-def fits_in_memory(n: int, image_size: int) -> bool:
-    """Whether `n` decoded images take less than half of this machine's memory (4 GiB where that is not told)."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        memory = 8 * 2**30
-    return 3 * image_size**2 * n < memory / 2

@@ -1,37 +1,78 @@
-"""Processes that torchrun starts: ranks, means over ranks, signals."""
+"""The processes that torchrun starts: ranks, what they exchange, and how they stop together.
+
+    device = join_ranks("auto")
+    rank, world_size = rank_and_world_size()            # (0, 1) without torchrun
+"""
 
 import os
+import re
 import signal
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its default arguments would keep the group's threads alive
 
 from support.devices import pick_device
+from support.files import UserError
 
 
 def join_ranks(name: str) -> torch.device:
-    """The device `name` of this process, alone or among those that torchrun started, which it joins.
+    """The device `name` of this process. Under torchrun, also joins the group of all processes.
 
-    They talk over NCCL about tensors on CUDA and over gloo about all others. Raises SystemExit as pick_device does.
+    Tensors on CUDA travel over NCCL, all others over gloo. Raises UserError as pick_device() does.
     """
     device, several = pick_device(name), int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # NCCL and CUDA graphs go by the current one
+        torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
     if several:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
+def is_joined() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return dist.is_initialized()
+
+
+def leave_ranks() -> None:
+    """Leave the group that join_ranks() joined, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank_and_world_size() -> tuple[int, int]:
-    """Number of this process and of all of them; (0, 1) alone."""
+    """Number of this process and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first_rank() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank_and_world_size()[0] == 0
+
+
+def wait_for_ranks() -> None:
+    """Return once all processes have called this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def explain_lost_rank():
+    """Turn the error that the end of another process causes into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            raise UserError("another process of this training has ended; go on by --resume") from None
+        raise
+
+
 def gather(value: object) -> list:
-    """`value` of each process, in their order."""
+    """The `value` of each process, by rank."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -40,13 +81,13 @@ def gather(value: object) -> list:
 
 
 def my_share(items: Sequence) -> Sequence:
-    """This process's part of `items`; the parts of all, in their order, are `items` again."""
+    """This process's part of `items`. The parts, by rank, make up `items`."""
     rank, world_size = rank_and_world_size()
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 def average_over_ranks(tensors: list[torch.Tensor]) -> None:
-    """Mean of each tensor over the processes of torchrun, in place; nothing to do in a single one."""
+    """Replace each tensor by its mean over all processes."""
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -55,13 +96,14 @@ def average_over_ranks(tensors: list[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def catch_signals(world: int) -> list[int]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one ends the process at once."""
+def catch_signals() -> list[int]:
+    """A list that receives the first SIGINT or SIGTERM. A second one ends the process at once."""
     caught = []
+    _, world_size = rank_and_world_size()
 
     def catch(number: int, _frame) -> None:
         caught.append(number)
-        if world == 1:  # torchrun hands on what the terminal has sent to each process already
+        if world_size == 1:  # torchrun repeats what the terminal has already sent to each process
             signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,7 +112,7 @@ def catch_signals(world: int) -> list[int]:
 
 
 def agree_on_signal(caught: list[int]) -> int:
-    """A signal that any process of torchrun has caught, so that all stop after the same step; 0 where none has."""
+    """A signal that any process has caught, or 0. All processes get the same, and so stop after the same step."""
     number = torch.tensor(caught[:1] or [0])
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)

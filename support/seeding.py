@@ -1,29 +1,36 @@
-"""Random numbers as functions of (seed, step)."""
+"""Random numbers as functions of (seed, step): a resumed training draws the same ones as an uninterrupted one.
 
-import argparse
+    z = latents(range(64))                              # seed 7 is the same face in any batch
+    z = step_latents(seed=0, step=1000, n=128)
+"""
+
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
+AUGMENTATION = 1  # stream of step_generator(); the latents use stream 0
+
 
 def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
-    """Latents (N,nz,1,1), float32, from N(0,1): one generator per seed, so seed 7 is the same face in any batch."""
-    rows = [torch.randn(nz, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows)
+    """Latents (N,nz,1,1), float32, from N(0,1). Each seed has its own generator."""
+    return torch.stack([torch.randn(nz, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """Random numbers of training step `step`, a function of the arguments: a resumed training has them again."""
+    """A generator whose numbers depend on the arguments alone."""
     mixed = np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
-    """The latents (n,nz,1,1) of training step `step`."""
+    """The latents (n,nz,1,1) of training step `step`, float32, from N(0,1)."""
     return torch.randn(n, nz, 1, 1, generator=step_generator(seed, step))
 
 
-def augmentation(args: argparse.Namespace, step: int) -> torch.Tensor:
-    """What augment() is told in a step (3,N,5): a function of (seed, step), as the latents are."""
-    return torch.rand(3, args.batch_size, 5, generator=step_generator(args.seed, step, 1))
+def step_augmentations(seed: int, step: int, n: int) -> torch.Tensor:
+    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1).
+
+    The first of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
+    """
+    return torch.rand(3, n, 5, generator=step_generator(seed, step, AUGMENTATION))

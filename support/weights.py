@@ -1,4 +1,7 @@
-"""State dicts as data: load, check, save."""
+"""State dicts as data: load, check and save them. Nothing in a file is ever run.
+
+    state = load_tensors("generator.params", remedy="pass another file to --params")
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -6,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from support.files import atomic_write
+from support.files import UserError, atomic_write
 
 
 def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
-    """Raises SystemExit unless `state`, read from `path`, has each tensor of `expected`: of its shape, and finite."""
+    """Raise UserError unless `state`, read from `path`, has each tensor of `expected`, of its shape and finite."""
     for name, wanted in expected.items():
         tensor = state.get(name)
         if not isinstance(tensor, torch.Tensor):
-            raise SystemExit(f"error: {path} does not hold {what} (see {name}); {remedy}")
+            raise UserError(f"{path} does not hold {what} (see {name}); {remedy}")
         if tensor.shape != wanted.shape:
             shapes = f"its shape is {tuple(tensor.shape)}, not {tuple(wanted.shape)}"
-            raise SystemExit(f"error: {path} does not hold {what} (see {name}: {shapes}); {remedy}")
+            raise UserError(f"{path} does not hold {what} (see {name}: {shapes}); {remedy}")
         if not tensor.isfinite().all():
-            raise SystemExit(f"error: {path}: {name} holds NaN or infinite values; {remedy}")
+            raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
 
 
 def nested_tensors(content: object) -> Iterator[tuple[str, torch.Tensor]]:
@@ -36,33 +39,32 @@ def nested_tensors(content: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def load_tensors(path: str | Path, remedy: str) -> dict:
-    """Reads a dictionary that torch.save wrote, on the CPU and as data: nothing in the file is run.
+    """Read a dictionary that torch.save wrote, on the CPU and with weights_only=True.
 
-    Raises SystemExit with one sentence that ends in `remedy` when the file is missing, damaged, holds anything
-    but plain data and tensors, or a tensor that claims more elements than the file has.
+    Raises UserError, one sentence that ends in `remedy`, when the file is missing or damaged, when it holds anything
+    but plain data and tensors, or when a tensor claims more elements than the file has.
     """
     if not Path(path).is_file():
-        raise SystemExit(f"error: {path} does not exist; {remedy}")
+        raise UserError(f"{path} does not exist; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
-        raise SystemExit(f"error: {path} cannot be read (permission denied); {remedy}") from None
-    except Exception as error:  # torch.load raises some ten kinds, by the byte at which a file is damaged
-        raise SystemExit(
-            f"error: {path} is damaged or not a PyTorch file of plain tensors ({type(error).__name__}); {remedy}"
-        ) from None
+        raise UserError(f"{path} cannot be read (permission denied); {remedy}") from None
+    except Exception as error:  # torch.load raises some ten kinds, depending on the byte that is damaged
+        kind = type(error).__name__
+        raise UserError(f"{path} is damaged or not a PyTorch file of plain tensors ({kind}); {remedy}") from None
     if not isinstance(content, dict):
-        raise SystemExit(f"error: {path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
     for name, tensor in nested_tensors(content):
-        # A stride of 0 lets a file of a few bytes claim 2**40 elements: refuse it before anything copies it.
+        # With a stride of 0, a file of a few bytes can claim 2**40 elements. Refuse it before anything copies it.
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise SystemExit(f"error: {path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
+            raise UserError(f"{path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
     return content
 
 
 def save_tensors(content: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes tensors of the CPU, which open where there is no GPU too."""
+    """Write tensors as CPU tensors, which load on machines without a GPU too. Raises UserError."""
     with atomic_write(path, durable=True) as file:
         torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)

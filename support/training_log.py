@@ -1,0 +1,100 @@
+"""log.jsonl, the log of a training: losses, D(x), D(G(z)) and speed, and the curves drawn from it.
+
+    row = log_row(state, args, epoch=1, steps=20, throughput=throughput, log=file)
+    rows = read_log(Path("runs/64/log.jsonl"))
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from support.checkpoint import TrainState, name_last_checkpoint
+from support.files import atomic_write
+from support.images import save_plot
+
+
+class Throughput:
+    """Training speed in images per second, measured between calls and without pauses."""
+
+    def __init__(self, step: int):
+        self.step, self.start = step, time.perf_counter()
+
+    def images_per_sec(self, step: int, batch_size: int) -> float:
+        """Speed since the last call, or since this object was made."""
+        now = time.perf_counter()
+        speed = (step - self.step) * batch_size / (now - self.start)
+        self.step, self.start = step, now
+        return speed
+
+    @contextmanager
+    def paused(self):
+        """Leave out the time that the block takes."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+
+def log_row(
+    state: TrainState,
+    args: argparse.Namespace,
+    epoch: int,
+    steps: int,
+    throughput: Throughput,
+    log: TextIO | None,
+    fid: float | None = None,
+) -> dict:
+    """Append a row, means over the last `steps`, to the file `log` (if any) and return it. Warns when D has won.
+
+    Raises UserError when a loss is NaN or infinite.
+    """
+    state.refuse_divergence(args.outdir)
+    loss_d, loss_g, d_real, d_fake = (round(mean, 6) for mean in (state.totals / steps).tolist())
+    state.totals.zero_()
+    speed = throughput.images_per_sec(state.step, args.batch_size)
+    row = {"step": state.step, "epoch": epoch, "images_seen": state.step * args.batch_size}
+    row |= {"loss_d": loss_d, "loss_g": loss_g, "d_real": d_real, "d_fake": d_fake}
+    row |= {"images_per_sec": round(speed, 1)} | ({} if fid is None else {"fid": round(fid, 4)})
+    if log:
+        if loss_d < 1e-3:
+            tqdm.write(
+                f"warning: D has won at step {state.step} (loss {loss_d:.1e}): G learns next to nothing; if this "
+                f"lasts, start again with a smaller --ndf or --lr ({name_last_checkpoint(args.outdir)})",
+                file=sys.stderr,
+            )
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    return row
+
+
+def read_log(path: Path, last_step: int = sys.maxsize) -> list[dict]:
+    """The rows of log.jsonl up to `last_step`. A killed training may have left later rows, and half a row."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def continue_log(path: Path, step: int) -> TextIO:
+    """The file, open for further rows, without the rows that a killed training wrote after `step`."""
+    rows = read_log(path, step)
+    with atomic_write(path, durable=True) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    return path.open("a")
+
+
+def save_curves(outdir: Path) -> None:
+    """Draw losses.png, and fid.png where FIDs were measured."""
+    rows = read_log(outdir / "log.jsonl")
+    save_plot(rows, {"loss_d": "#1f77b4", "loss_g": "#d62728"}, outdir / "losses.png")
+    measured = [row for row in rows if "fid" in row]
+    if measured:
+        save_plot(measured, {"fid": "#2ca02c"}, outdir / "fid.png")
