@@ -1,264 +1,145 @@
 """Two sets of images -> Fréchet Inception Distance (FID): how far generated faces are from real ones.
 
-    python evaluate.py                                         # your training, or pretrained/, against data/64/test
+    python evaluate.py                                         # your generator, or a pretrained one, and data/64/test
     python evaluate.py --params runs/128/generator.params --repeats 5 --neighbours neighbours.png
     python evaluate.py --images faces --real data/64/test      # two folders, or .npz statistics
-    python evaluate.py --inception tf2015                      # the network that papers report with
+    python evaluate.py --inception tf2015                      # the network that most papers use
     torchrun --nproc-per-node 4 -- evaluate.py --num 10000     # four GPUs share the images
 
-FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) over the means and covariances of Inception features (Heusel et
-al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017). Lower is better.
-It depends on the number of images, the network and the resize: quote them with it. From the same features: KID,
-precision and recall, and the FID of real train images, the floor that a perfect generator would reach.
+FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the means and covariances of Inception features (Heusel et al.,
+"GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017). Lower is better. It depends
+on the number of images, the network and the resize, so quote them with it. The same features give KID, precision and
+recall, and the FID of real training images, which a perfect generator would reach.
 """
 
 import argparse
-import hashlib
-import json
-import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import scipy.stats
 import torch
-from tqdm import tqdm
 
-from dataloader import DataGenerater, find_images
+from dataloader import DataGenerater, find_images, read_batches
 from generator import TRAINED, default_params, load_generator, sample
 from network import Generator
-from support.cli import Formatter, natural
+from support import statistics
+from support.cli import HelpFormatter, int_at_least, run
+from support.comparison import compare, compare_training_images, report, save_result, warn
 from support.devices import DTYPES
-from support.distributed import gather, join_ranks, my_share, rank_and_world_size
-from support.files import atomic_write
+from support.distributed import gather, is_first_rank, join_ranks, leave_ranks, my_share
+from support.files import UserError
 from support.images import image_grid, save_image
 from support.inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
-from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
-from support.statistics import (
-    FACTS,
-    VERSION,
-    choose,
-    fingerprint,
-    load_statistics,
-    read_cache,
-    refuse_unlike,
-    save_statistics,
-)
-
-# ---------------------------------------------------------------------------------------------- one side
+from support.metrics import frechet_distance, nearest
 
 
-def measure(batches: Iterable[torch.Tensor], net: torch.nn.Module, total: int, label: str) -> dict:
-    """n, mu, sigma and features (n,D) of image batches, uint8 (N,3,S,S), of which each process gives its share."""
-    moments, features, device = Moments(), [], next(net.parameters()).device
-    mine, hidden = len(my_share(range(total))), rank_and_world_size()[0] > 0
-    with tqdm(total=mine, desc=label, unit="img", disable=hidden or None) as bar:
-        try:
-            for batch in batches:
-                features.append(net(batch.to(device)).cpu())
-                moments.add(features[-1])
-                bar.update(len(batch))
-        except torch.OutOfMemoryError:
-            raise SystemExit("error: the device is out of memory; lower --batch-size") from None
-    shares = gather((moments, features))
-    moments, features = Moments(), []
-    for theirs, chunks in shares:
-        moments, features = moments.merge(theirs), features + chunks
-    mu, sigma = moments.mean_and_covariance()
-    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": torch.cat(features)}
+@dataclass
+class Extractor:
+    """Turns images into statistics of Inception features: n, mu (D,), sigma (D,D), features (n,D) and metadata.
+
+    `metadata` identifies the measurement, see support/statistics.py. `net` is None where all statistics are on disk.
+    """
+
+    net: torch.nn.Module | None
+    metadata: dict
+    batch_size: int
+    cache: Path  # folder that keeps the statistics of real images
+
+    def of_generator(self, netG: Generator, seeds: range) -> dict:
+        """Statistics of the faces of `seeds`, without writing them to disk."""
+        faces = sample(netG, my_share(seeds), self.batch_size)
+        return self.metadata | statistics.measure(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+
+    def of_folder(self, folder: Path, num: int | None = None) -> dict:
+        """Statistics of `num` images in `folder`, or of all. The cache keeps them until the images change."""
+        dataset = DataGenerater(folder, image_size=None)
+        if num and num > len(dataset):
+            raise UserError(f"--num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
+        statistics.refuse_mismatch({"resolution": dataset.image_size}, self.metadata, folder)
+        indices, split = statistics.choose(len(dataset), num), {"split": folder.name}
+        paths = [dataset.paths[i] for i in indices]
+        path = statistics.cache_path(self.cache, paths, folder, self.metadata | split)
+
+        def measure() -> dict:
+            batches = read_batches(dataset, my_share(indices), self.batch_size)
+            return self.metadata | split | statistics.measure(self.net, batches, len(indices), str(folder))
+
+        return statistics.cached(path, measure)
+
+    def of_path(self, path: Path, num: int | None = None) -> dict:
+        """Statistics of a folder or an .npz file."""
+        if path.suffix != ".npz":
+            return self.of_folder(path, num)
+        stats = statistics.load_statistics(path)
+        statistics.refuse_mismatch(stats, self.metadata, path)
+        if "network" not in stats and is_first_rank():
+            print(f"note: {path} does not say how it was measured: make sure that it was as below", file=sys.stderr)
+        return stats
 
 
-def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-    """Images uint8 (N,3,S,S). Threads decode one batch, outside the interpreter's lock, while another is measured."""
-    with ThreadPoolExecutor() as pool:
-        ready = None
-        for start in range(0, len(indices), batch_size):
-            coming = pool.map(dataset.__getitem__, indices[start : start + batch_size])
-            if ready:
-                yield torch.stack(list(ready))
-            ready = coming
-        if ready:
-            yield torch.stack(list(ready))
-
-
-def side_of_folder(folder: Path, net, facts: dict, args: argparse.Namespace, num: int | None = None) -> dict:
-    """Statistics of the images in `folder`, or of `num` of them: computed once, and kept while nothing changes."""
-    dataset = DataGenerater(folder, image_size=None)
-    if num and num > len(dataset):
-        raise SystemExit(f"error: --num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
-    refuse_unlike({"resolution": dataset.image_size}, facts, folder)
-    indices = choose(len(dataset), num)
-    facts = facts | {"split": folder.name}
-    key = json.dumps([fingerprint([dataset.paths[i] for i in indices], folder), facts], sort_keys=True)
-    cache = args.dataroot / ".statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    first = rank_and_world_size()[0] == 0
-    kept = gather(read_cache(cache) if first else None)[0]
-    if kept:
-        return kept
-    stats = facts | measure(read_batches(dataset, my_share(indices), args.batch_size), net, len(indices), str(folder))
-    if first:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save_statistics(stats, cache)
-        except (OSError, SystemExit) as problem:
-            print(f"warning: the statistics are not kept for next time ({problem})", file=sys.stderr)
-    return stats
-
-
-def side_of_path(path: Path, net, facts: dict, args: argparse.Namespace, num: int | None = None) -> dict:
-    if path.suffix != ".npz":
-        return side_of_folder(path, net, facts, args, num)
-    stats = load_statistics(path)
-    refuse_unlike(stats, facts, path)
-    if "network" not in stats and rank_and_world_size()[0] == 0:
-        print(f"note: {path} does not say how it was measured: make sure that it was as below", file=sys.stderr)
-    return stats
-
-
-def resolution_of(path: Path) -> int | None:
-    return load_statistics(path).get("resolution") if path.suffix == ".npz" else DataGenerater(path, None).image_size
-
-
-def train_folder(real: Path) -> Path | None:
-    """The train split that belongs to the folder `real`, where there is one."""
-    train = real.with_name("train")
-    return train if train.is_dir() and real.is_dir() and real.name != "train" else None
-
-
-def side_of_generator(netG: Generator, seeds: range, net, facts: dict, args: argparse.Namespace) -> dict:
-    """Statistics of the faces of `seeds`, which are never written to the disk."""
-    faces = sample(netG, my_share(seeds), args.batch_size)
-    return facts | measure(faces, net, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+def load_extractor(args: argparse.Namespace, device: torch.device, image_size: int | None) -> Extractor:
+    """The Extractor that the flags describe. The first process downloads the weights, the others wait."""
+    weights = args.weights or gather(find_weights(args.inception) if is_first_rank() else None)[0]
+    net, metadata = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
+    metadata |= {"version": statistics.VERSION} | ({"resolution": image_size} if image_size else {})
+    return Extractor(net, metadata, args.batch_size, args.dataroot / ".statistics")
 
 
 def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Callable[[Generator], float]:
-    """For use in a training: a function that gives a generator's FID against the test split.
+    """For a training: a function that measures a generator's FID against the test split.
 
-    `flags` are those of this script; of them --num is how many faces, and as many real images, are compared: 1,000
-    where it is left out. Raises SystemExit as main() does, before anything is trained.
+    `flags` are those of this script. --num faces and as many real images are compared, 1,000 by default. Raises
+    UserError as main() does, before anything is trained.
     """
     args = parse_args(flags)
     folder = args.real or args.dataroot / str(image_size) / "test"
     num = min(args.num or 1000, len(find_images(folder)))
-    net, facts = load_net(args, device, image_size)
-    real = side_of_folder(folder, net, facts, args, num)
+    extractor = load_extractor(args, device, image_size)
+    real = extractor.of_folder(folder, num)
 
     def score(netG: Generator) -> float:
-        fake = side_of_generator(netG, range(args.seed, args.seed + num), net, facts, args)
+        fake = extractor.of_generator(netG, range(args.seed, args.seed + num))
         return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
 
     return score
 
 
-def load_net(args: argparse.Namespace, device: torch.device, image_size: int | None) -> tuple[torch.nn.Module, dict]:
-    """Inception and the facts that tell its numbers from others; the first process downloads, the others wait."""
-    first = rank_and_world_size()[0] == 0
-    weights = args.weights or gather(find_weights(args.inception) if first else None)[0]
-    net, facts = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
-    return net, facts | {"version": VERSION} | ({"resolution": image_size} if image_size else {})
-
-
-# ---------------------------------------------------------------------------------------------- both sides
-
-
-def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
-    """What the features say about the real side and the fake one; FID is the mean over `fakes`, draws of it."""
-    fids = [frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
-    result = {"fid": float(np.mean(fids)), "n_real": real.get("n"), "n_fake": fakes[0].get("n")}
-    if len(fids) > 1:
-        half = scipy.stats.t.ppf(0.975, len(fids) - 1) * np.std(fids, ddof=1) / len(fids) ** 0.5
-        result |= {"fids": fids, "n_repeats": len(fids), "fid_95": [result["fid"] - half, result["fid"] + half]}
-    if infinity:
-        result["fid_infinity"] = fid_at_infinity(fakes[0]["features"], real["mu"], real["sigma"])
-    if "features" in real and "features" in fakes[0]:
-        result["kid"], result["kid_std"] = kernel_distance(fakes[0]["features"], real["features"])
-        result["precision"], result["recall"] = precision_and_recall(fakes[0]["features"], real["features"])
-    return result
-
-
-def measure_floor(real: dict, train: dict, n: int) -> dict:
-    """The FID of `n` train images, or of all there are, against the real side: a perfect generator would get it."""
-    some = train["features"][choose(train["n"], min(n, train["n"]))]
-    fid = frechet_distance(real["mu"], real["sigma"], *Moments().add(some).mean_and_covariance())
-    return {"floor": fid, "n_floor": len(some)}
-
-
 def draw_neighbours(fakes: torch.Tensor, features: torch.Tensor, train: dict, folder: Path, path: Path) -> None:
-    """A picture: in each row a fake and the 7 train images that are nearest to it in feature space."""
+    """A picture with a row for each fake: the fake and the 7 training images nearest to it in feature space."""
     dataset, rows = DataGenerater(folder, image_size=None), []
     for fake, indices in zip(fakes, nearest(features[: len(fakes)], train["features"], 7)):
         rows.append(torch.cat([fake[None], dataset.__getitems__(indices.tolist())]))
     save_image(image_grid(torch.cat(rows), columns=len(rows[0])), path)
 
 
-def first_images(folder: Path, num: int | None) -> torch.Tensor:
-    dataset = DataGenerater(folder, image_size=None)
-    return dataset.__getitems__(choose(len(dataset), num)[:8])
-
-
-def warn(n_real: int | None, n_fake: int | None) -> None:
-    for side, n in (("real", n_real), ("generated", n_fake)):
-        if n and n < 2048:
-            print(
-                f"warning: {n:,} {side} images are fewer than 2,048: the covariance is rank-deficient at 2,048 dims, "
-                "and the FID biased upwards; compare it only with one of equal numbers",
-                file=sys.stderr,
-            )
-    if n_real and n_fake and max(n_real, n_fake) > 1.25 * min(n_real, n_fake):
-        print(
-            f"warning: {n_real:,} real and {n_fake:,} generated images: their biases differ; set --num", file=sys.stderr
-        )
-
-
-def report(result: dict) -> str:
-    """The result in words, n, network and resize included; its last line is the one to look for."""
-    name = "FID" if result["dims"] == 2048 else f"FID-{result['dims']}"
-    lines = [
-        "{real}: {n_real} real images; {fake}: {n_fake} generated ones; both {resolution}x{resolution}",
-        "{network}, {dims} features, resize {resize}, {dtype}, weights of SHA-256 {weights_sha256:.16}...",
-    ]
-    if "fid_95" in result:
-        lines.append(
-            name + " {fid:.4f} is the mean of {n_repeats} draws; its 95 % interval {fid_95[0]:.4f} to {fid_95[1]:.4f}"
-        )
-    if "fid_infinity" in result:
-        lines.append(name + " {fid_infinity:.4f} extrapolated to infinitely many generated images")
-    if "floor" in result:
-        lines.append(
-            name + " {floor:.4f} of {n_floor} real train images: the floor, which a perfect generator would reach"
-        )
-    if "kid" in result:
-        lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
-        lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
-    return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
-    fake = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("images")
+    fake, add = group.add_mutually_exclusive_group(), group.add_argument
     fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
-    fake.add_argument("--images", type=Path, help="folder of images or .npz statistics to evaluate instead")
-    add("--real", type=Path, help="folder or .npz statistics (default: <dataroot>/<resolution>/test)")
+    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or .npz statistics")
+    add("--real", type=Path, help="real images, a folder or .npz statistics (default: <dataroot>/<size>/test)")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
-    add("--num", type=natural(2), help="generated images (default: as many as real ones, or all of --images)")
-    add("--seed", type=natural(0), default=0, help="of the first face; the others follow")
-    add("--repeats", type=natural(1), default=1, help="draws of --num faces, for an interval of the FID")
-    add("--inception", choices=URLS, default="torchvision", help="the report's network, or the one of most papers")
-    add("--weights", type=Path, help="its state dict (default: torch's hub cache, or a download)")
-    add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; less is not what papers quote")
+    add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
+    add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--inception", choices=URLS, default="torchvision", help="network: the report's, or that of most papers")
+    add("--weights", type=Path, help="state dict of the network (default: torch's hub cache, or a download)")
+    add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; papers quote 2048")
     add("--resize", choices=RESIZES, help=f"as pytorch-fid, TensorFlow 1 or clean-fid do (default: {defaults})")
-    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster where the hardware is made for it")
-    add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also the FID of real train images")
-    add("--infinity", action="store_true", help="also the FID extrapolated to infinitely many faces")
-    add("--neighbours", type=Path, metavar="PNG", help="draw faces beside the train images nearest to them")
-    add("--batch-size", type=natural(1), default=16, help="images at a time; 64 and more suit a GPU")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--save-stats", type=Path, metavar="NPZ", help="also write the statistics of the real side")
-    add("--json", type=Path, metavar="FILE", help="also write the result with all that it depends on")
+    add("--repeats", type=int_at_least(1), default=1, help="draws of --num faces, for a 95 %% interval of FID")
+    add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also measure real training images")
+    add("--infinity", action="store_true", help="also extrapolate FID to infinitely many faces")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="write the result with everything that it depends on")
+    add("--save-stats", type=Path, metavar="NPZ", help="write the statistics of the real images")
+    add("--neighbours", type=Path, metavar="PNG", help="draw faces next to the most similar training images")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
+    add("--batch-size", type=int_at_least(1), default=16, help="images to measure at a time; 64 and more suit a GPU")
     args = parser.parse_args(argv)
     if args.neighbours and args.neighbours.suffix != ".png":
         parser.error("--neighbours draws a .png")
@@ -269,62 +150,98 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@dataclass
+class Inputs:
+    """What is compared: a generator or a path against real images, with the training images next to them, if any."""
+
+    netG: Generator | None
+    fake: Path
+    real: Path
+    train: Path | None
+    resolution: int | None
+
+
+def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
+    """Load the generator and find the images. Raises UserError for anything that would fail after the measurement."""
     for path in filter(None, (args.save_stats, args.json, args.neighbours)):
         if path.exists():
-            raise SystemExit(f"error: {path} exists; remove it or choose another name")
+            raise UserError(f"{path} exists; remove it or choose another name")
         if not path.parent.is_dir():
-            raise SystemExit(f"error: there is no folder {path.parent} for {path.name}; make it or choose another")
-    device = join_ranks(args.device)
-    first = rank_and_world_size()[0] == 0
-    netG = None
-    if not args.images:
-        args.params = args.params or default_params()
-        netG = load_generator(args.params, device)
-    size = netG.image_size if netG else resolution_of(args.images)
-    real_path = args.real or args.dataroot / str(size) / "test"
-    train_path = train_folder(real_path)
-    if args.neighbours and not train_path:
-        raise SystemExit(f"error: --neighbours needs a folder train beside {real_path}; give another --real")
-    if real_path.suffix != ".npz":
-        find_images(real_path)  # whoever has none yet should not wait for a download to be told so
-    net, facts = None, {}
-    if any(path is None or path.suffix != ".npz" for path in (real_path, args.images)):
-        net, facts = load_net(args, device, size)
-
-    real = side_of_path(real_path, net, facts, args)
-    num = args.num or real.get("n", 10_000)
-    if args.images:
-        fakes = [side_of_path(args.images, net, facts, args, args.num)]
-        refuse_unlike(fakes[0], real, args.images)
+            raise UserError(f"there is no folder {path.parent} for {path.name}; make it or choose another")
+    args.params = args.params if args.images else args.params or default_params()
+    netG = None if args.images else load_generator(args.params, device)
+    if netG:
+        resolution = netG.image_size
+    elif args.images.suffix == ".npz":
+        resolution = statistics.load_statistics(args.images).get("resolution")
     else:
-        starts = range(args.seed, args.seed + num * args.repeats, num)
-        fakes = [side_of_generator(netG, range(start, start + num), net, facts, args) for start in starts]
-    n = fakes[0].get("n", num)
-    if train_path and (args.floor or args.neighbours):
-        n_train = None if args.neighbours else min(n, len(find_images(train_path)))
-        train = side_of_folder(train_path, net, facts, args, n_train)
-    if not first:
-        return
+        resolution = DataGenerater(args.images, None).image_size
+    real = args.real or args.dataroot / str(resolution) / "test"
+    train = real.with_name("train")
+    train = train if train.is_dir() and real.is_dir() and real.name != "train" else None
+    if args.neighbours and not train:
+        raise UserError(f"--neighbours needs a folder train beside {real}; give another --real")
+    if real.suffix != ".npz":
+        find_images(real)  # before anything is downloaded
+    return Inputs(netG, args.images or args.params, real, train, resolution)
 
-    result = {fact: fakes[0].get(fact, real.get(fact, "unknown")) for fact in FACTS}
-    result |= {"real": str(real_path), "fake": str(args.images or args.params)} | compare(real, fakes, args.infinity)
-    if train_path and args.floor:
-        result |= measure_floor(real, train, n)
-    warn(result["n_real"], result["n_fake"])
+
+def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[dict], dict | None]:
+    """Statistics of the real images, of each draw of generated images, and of training images, if they are needed."""
+    if all(path.suffix == ".npz" for path in (inputs.real, inputs.fake)):
+        extractor = Extractor(None, {}, args.batch_size, args.dataroot)
+    else:
+        extractor = load_extractor(args, device, inputs.resolution)
+    real, train = extractor.of_path(inputs.real), None
+    num = args.num or (real.get("n", 10_000) if inputs.netG else None)
+    if args.infinity and (n := num or len(find_images(args.images))) < 2 * args.dims:
+        raise UserError(f"--infinity needs {2 * args.dims:,} generated images at --dims {args.dims}, not {n:,}")
+    if inputs.netG:
+        starts = range(args.seed, args.seed + num * args.repeats, num)
+        fakes = [extractor.of_generator(inputs.netG, range(start, start + num)) for start in starts]
+    else:
+        fakes = [extractor.of_path(args.images, num)]
+        statistics.refuse_mismatch(fakes[0], real, args.images)
+    if inputs.train and (args.floor or args.neighbours):
+        n_train = None if args.neighbours else min(fakes[0].get("n", 10_000), len(find_images(inputs.train)))
+        train = extractor.of_folder(inputs.train, n_train)
+    return real, fakes, train
+
+
+def write_outputs(result: dict, inputs: Inputs, args: argparse.Namespace, real: dict, fake: dict, train: dict) -> None:
+    """The files that --save-stats, --neighbours and --json ask for."""
     if args.save_stats:
-        save_statistics({name: value for name, value in real.items() if name != "features"}, args.save_stats)
+        stats = {name: value for name, value in real.items() if name != "features"}
+        statistics.save_statistics(stats, args.save_stats)
     if args.neighbours:
-        shown = next(sample(netG, range(args.seed, args.seed + 8))) if netG else first_images(args.images, args.num)
-        draw_neighbours(shown, fakes[0]["features"], train, train_path, args.neighbours)
+        if inputs.netG:
+            shown = next(sample(inputs.netG, range(args.seed, args.seed + 8)))
+        else:
+            dataset = DataGenerater(args.images, image_size=None)
+            shown = dataset.__getitems__(statistics.choose(len(dataset), args.num)[:8])
+        draw_neighbours(shown, fake["features"], train, inputs.train, args.neighbours)
     if args.json:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(result | {"versions": versions, "flags": flags}, indent=2).encode())
+        save_result(result, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = join_ranks(args.device)
+    try:
+        inputs = find_inputs(args, device)
+        real, fakes, train = measure(inputs, args, device)
+        if not is_first_rank():
+            return
+    finally:
+        leave_ranks()
+    result = {name: fakes[0].get(name, real.get(name, "unknown")) for name in statistics.IDENTITY}
+    result |= {"real": str(inputs.real), "fake": str(inputs.fake)} | compare(real, fakes, args.infinity)
+    if train and args.floor:
+        result |= compare_training_images(real, train, result["n_fake"] or train["n"])
+    warn(result["n_real"], result["n_fake"])
+    write_outputs(result, inputs, args, real, fakes[0], train)
     print(report(result))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

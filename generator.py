@@ -1,10 +1,10 @@
 """generator.params -> faces: faces/00000007.png is what seed 7 draws.
 
-    python generator.py                                        # 64 faces of your training, or of pretrained/ before it
+    python generator.py                                        # 64 faces of your training, or of a pretrained generator
     python generator.py --params runs/128/generator.params --seeds 0-9999 --outdir fakes
-    python generator.py --seeds 3,14,15 --grid --interpolate   # with one picture of all, and a morph between them
+    python generator.py --seeds 3,14,15 --grid --interpolate   # also one picture of all, and a morph between them
 
-Sizes and resolution are read off the weights; those of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too.
+Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from dataloader import to_uint8
 from network import Generator
-from support.cli import Formatter, count_cores, natural
-from support.devices import DTYPES, pick_device
-from support.files import atomic_write
+from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.devices import DTYPES, explain_out_of_memory, pick_device
+from support.files import UserError, atomic_write
 from support.images import encode_png, image_grid, save_animation, save_image
 from support.seeding import latents
 from support.weights import check_tensors, load_tensors
@@ -32,66 +32,64 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "generator_64.para
 
 
 def default_params() -> Path:
-    """The generator that train.py made here, or the pretrained one, and then a note that says so."""
+    """The generator that train.py made here. If there is none, the pretrained one, with a note on standard error."""
     if TRAINED.exists() or not PRETRAINED.exists():
         return TRAINED
     print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
     return PRETRAINED
 
 
-def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
-    """Builds the Generator that `state` belongs to; its sizes follow from the shapes of the weights alone.
+def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
+    """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises UserError that names the file."""
+    state = load_tensors(path, "make one with `python train.py`, or pass another to --params")
+    return generator_from_state_dict(state, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
 
-    Reads this repository's weights and the DCGAN tutorial's, also with DataParallel's `module.` before each name,
-    in any floating-point type. Raises SystemExit, naming `path`, for anything else.
+
+def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
+    """Build the Generator that `state` belongs to. Its sizes follow from the shapes of the weights alone.
+
+    Reads weights of this repository and of the DCGAN tutorial in any floating-point type, also with DataParallel's
+    `module.` before each name. Raises UserError, which names `path`, for anything else.
     """
     state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     remedy = "pass the generator.params of a training to --params"
     kernels = [t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 4]
     if len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
-        raise SystemExit(f"error: {path} does not hold a DCGAN generator; {remedy}")
+        raise UserError(f"{path} does not hold a DCGAN generator; {remedy}")
     if kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
-        raise SystemExit(f"error: {path} holds a discriminator, not a generator; {remedy}")
+        raise UserError(f"{path} holds a discriminator, not a generator; {remedy}")
     nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
-    with torch.device("meta"):  # no memory is taken before the shapes have been compared
+    with torch.device("meta"):  # takes no memory before the shapes have been compared
         netG = Generator(nz, ngf, image_size)
     expected = netG.state_dict()
     check_tensors(state, expected, path, "a DCGAN generator", remedy)
     extra = [name for name in state if name not in expected]
     if extra:
-        raise SystemExit(f"error: {path} does not hold a DCGAN generator (see {extra[0]}); {remedy}")
+        raise UserError(f"{path} does not hold a DCGAN generator (see {extra[0]}); {remedy}")
     netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
     return netG.eval().requires_grad_(False)
 
 
-def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
-    """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises SystemExit naming the file."""
-    state = load_tensors(path, "make one with `python train.py`, or pass another to --params")
-    return generator_from_state_dict(state, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
-
-
 @torch.inference_mode()
 def draw(netG: Generator, z: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1). Raises SystemExit when the device's memory is full."""
-    try:
+    """Images uint8 (N,3,S,S), on the CPU, of latents (N,nz,1,1). Raises UserError when the device's memory is full."""
+    with explain_out_of_memory("lower --batch-size"):
         return to_uint8(netG(z.to(next(netG.parameters())))).cpu().contiguous()
-    except torch.OutOfMemoryError:
-        raise SystemExit("error: the device is out of memory; lower --batch-size") from None
 
 
 def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iterator[torch.Tensor]:
-    """Images uint8 (n,3,S,S), on the CPU, of `seeds`, in their order, `batch_size` at a time."""
+    """Images uint8 (n,3,S,S), on the CPU, of `seeds` in their order, `batch_size` at a time."""
     for start in range(0, len(seeds), batch_size):
         yield draw(netG, latents(seeds[start : start + batch_size], netG.nz))
 
 
 def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
-    """One PNG a seed. Threads encode, one a core, and this one writes: they would wait for each other at the folder."""
-    left = iter(seeds)
+    """One PNG a seed. One thread a core encodes, and this thread alone writes: writers would wait for the folder."""
+    remaining = iter(seeds)
     bar = tqdm(total=len(seeds), desc="faces", unit="img", disable=None)
     with ThreadPoolExecutor(count_cores()) as pool, bar:
-        for images in batches:  # not beside drawing: on a CPU, that has all cores itself
-            for png, seed in zip(pool.map(encode_png, images), left):
+        for images in batches:  # encoding does not overlap with drawing, which uses all cores of a CPU
+            for png, seed in zip(pool.map(encode_png, images), remaining):
                 with atomic_write(face_path(outdir, seed)) as file:
                     file.write(png)
             bar.update(len(images))
@@ -102,10 +100,10 @@ def face_path(outdir: Path, seed: int) -> Path:
 
 
 def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
-    """Latents (N*frames,nz,1,1) on a closed path through `z` (N,nz,1,1).
+    """Latents (N*frames,nz,1,1) on a closed path through `z` (N,nz,1,1), along great circles.
 
-    Great-circle steps keep the length that latents of a high-dimensional normal have, where straight ones would cut
-    through the middle (White, "Sampling Generative Networks", 2016).
+    The latents of a normal distribution in many dimensions have nearly equal lengths. Great circles keep this length,
+    while straight lines would pass nearer to the origin (White, "Sampling Generative Networks", 2016).
     """
     path = []
     for a, b in zip(z, z.roll(-1, 0)):
@@ -116,7 +114,7 @@ def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
+    """An argparse type: `0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
     seeds = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
@@ -128,33 +126,40 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    add = parser.add_argument
-    add("--params", type=Path, help=f"generator to draw with (default: {TRAINED}, else the pretrained one)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--params", type=Path, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
     add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
-    add("--seeds", type=parse_seeds, default="0-63", help="which faces: 0-63 or 1,5,10-12")
-    add("--grid", action="store_true", help="also one picture of all faces: grid.png")
-    add("--interpolate", action="store_true", help="also a morph through the first 8 seeds: interpolation.gif")
-    add("--batch-size", type=natural(1), default=128, help="faces drawn at a time")
-    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster where the hardware is made for it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--grid", action="store_true", help="also draw all faces in one picture, grid.png")
+    add("--interpolate", action="store_true", help="also draw a morph through the first 8 seeds, interpolation.gif")
     add("--overwrite", action="store_true", help="replace pictures of the same names in --outdir")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
+    add("--batch-size", type=int_at_least(1), default=128, help="faces to draw at a time")
     return parser.parse_args(argv)
+
+
+def prepare_outdir(args: argparse.Namespace) -> None:
+    """Make --outdir. Raises UserError when a picture would be overwritten without --overwrite."""
+    targets = [face_path(args.outdir, seed) for seed in args.seeds]
+    targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate
+    existing = next((path for path in targets if path.exists()), None)
+    if existing and not args.overwrite:
+        raise UserError(f"{existing} exists; choose another --outdir, or pass --overwrite to replace it")
+    try:
+        args.outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.params = args.params or default_params()
     netG = load_generator(args.params, pick_device(args.device), args.precision)
-    targets = [face_path(args.outdir, seed) for seed in args.seeds]
-    targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate
-    there = next((path for path in targets if path.exists()), None)
-    if there and not args.overwrite:
-        raise SystemExit(f"error: {there} exists; choose another --outdir, or pass --overwrite to replace it")
-    try:
-        args.outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"error: cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
+    prepare_outdir(args)
     batches = sample(netG, args.seeds, args.batch_size)
     if args.grid:
         batches = list(batches)
@@ -170,4 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

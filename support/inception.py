@@ -1,13 +1,14 @@
 """Images uint8 (N,3,S,S) -> Inception-v3 pool features (N,dims): the network that FID is measured with.
 
-    from inception import load_inception
-    features, facts = load_inception("tf2015", dims=2048)
+    from support.inception import load_inception
+    features, metadata = load_inception("tf2015", dims=2048)
     features(images)                                # float32 (N,2048)
 
-Two sets of weights: `tf2015` is the graph of 2015-12-05 that papers report with, as ported to PyTorch by pytorch-fid;
-`torchvision` is torchvision's ImageNet network, which the report used. Three ways to 299x299 (Parmar, Zhang, Zhu, "On
-Aliased Resizing and Surprising Subtleties in GAN Evaluation", 2022, tells them apart): `bilinear` of pytorch-fid, `tf`
-of TensorFlow 1, which is inside the graph of 2015, and `clean` of clean-fid. A FID holds only between equal ones.
+There are two sets of weights. `tf2015` is TensorFlow's graph of 2015-12-05, which most papers use, as ported to PyTorch
+by pytorch-fid. `torchvision` is torchvision's ImageNet network, which the report used. There are three ways to resize
+to 299x299: `bilinear` of pytorch-fid, `tf` of TensorFlow 1, which is part of the graph of 2015, and `clean` of
+clean-fid (Parmar, Zhang, Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", 2022). Only FIDs of
+equal weights and equal resizes are comparable.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
 from support.devices import DTYPES
+from support.files import UserError
 from support.weights import check_tensors, load_tensors
 
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
@@ -34,17 +36,17 @@ URLS = {
     "pt_inception-2015-12-05-6726825d.pth",
 }
 MEGABYTES = {"torchvision": 104, "tf2015": 91}
-CLASSES = {"torchvision": 1000, "tf2015": 1008}  # all other shapes of the two are the same
-# What made the published numbers: TensorFlow's graph (TTUR, StyleGAN, torch-fidelity) resizes by itself; the report,
-# and whoever takes torchvision's network, by PyTorch.
+CLASSES = {"torchvision": 1000, "tf2015": 1008}  # all other shapes are the same in both
+# The resizes of published numbers: TensorFlow's graph (TTUR, StyleGAN, torch-fidelity) includes one, and users of
+# torchvision's network resize with PyTorch.
 DEFAULT_RESIZE = {"torchvision": "bilinear", "tf2015": "tf"}
 RESIZES = ("bilinear", "tf", "clean")
 
 
 class Features(nn.Module):
-    """Inception-v3 up to the layer that gives `dims` features, averaged over the map; BatchNorm folded in.
+    """Inception-v3 up to the layer that gives `dims` features, averaged over the map, with BatchNorm folded in.
 
-    `centre` is the pixel value that becomes 0: 127.5 takes [0,255] to [-1,1]; the graph of 2015 takes 128.
+    `centre` is the pixel value that becomes 0: 127.5 maps [0,255] to [-1,1], and the graph of 2015 uses 128.
     """
 
     def __init__(self, layers: OrderedDict, resize: str, centre: float):
@@ -58,7 +60,7 @@ class Features(nn.Module):
         rows = resize_matrix(images.shape[-1], self.resize).to(images.device)
         x = (rows @ images.float() @ rows.T).clamp_(0, 255)  # bicubic overshoots
         x = x.sub_(self.centre).div_(self.centre).to(next(self.parameters()).dtype)
-        # cuDNN would round the factors of a float32 product to ten bits, unasked.
+        # By default cuDNN rounds the factors of a float32 product to ten bits (TF32).
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.layers(x.contiguous(memory_format=torch.channels_last))
         return x.float().mean((2, 3))
@@ -66,13 +68,13 @@ class Features(nn.Module):
 
 @lru_cache
 def resize_matrix(size: int, resize: str, out: int = 299) -> torch.Tensor:
-    """float32 (out,size): R such that R X R^T is the square image X resized. All three ways are linear in each axis."""
-    if resize == "tf":  # corner on corner: no half pixel is added to a position before it is scaled
+    """float32 (out,size): the matrix R for which R X R^T is the square image X, resized. All three ways are linear."""
+    if resize == "tf":  # the corners of both images coincide: positions are scaled without the offset of half a pixel
         position = torch.arange(out, dtype=torch.float32) * (size / out)
         low = position.long().clamp_max(size - 1)
         high, share = (low + 1).clamp_max(size - 1), (position - low)[:, None]
         return torch.eye(size)[low] * (1 - share) + torch.eye(size)[high] * share
-    # Resizing the unit vectors, along one axis, gives the weights: PyTorch's in its float32, Pillow's in its float64.
+    # Resized unit vectors of one axis are the weights, in the precision of PyTorch (float32) and Pillow (float64).
     options = {"mode": "bicubic", "antialias": True} if resize == "clean" else {"mode": "bilinear"}
     identity = torch.eye(size, dtype=torch.float64 if resize == "clean" else torch.float32)[None, None]
     return interpolate(identity, (out, size), align_corners=False, **options)[0, 0].float()
@@ -86,15 +88,24 @@ def load_inception(
     resize: str | None = None,
     precision: str = "fp32",
 ) -> tuple[Features, dict]:
-    """The network `name` (torchvision or tf2015) with the state dict of the file `weights`, or of torch's hub cache.
+    """The network `name` (torchvision or tf2015) with the state dict in the file `weights` or in torch's hub cache.
 
-    Returns it with facts: network, dims, resize, dtype and the weights' hash, by which statistics are told apart.
-    Raises SystemExit when the weights cannot be had, or are not those of this Inception-v3.
+    Returns (network, metadata). The metadata (network, dims, resize, dtype, hash of the weights) identifies statistics.
+    Raises UserError when the weights cannot be downloaded or are not those of this Inception-v3.
     """
     path, resize = Path(weights or find_weights(name)), resize or DEFAULT_RESIZE[name]
     if not path.is_file():
-        raise SystemExit(f"error: --weights {path} does not exist; give a state dict of Inception-v3")
+        raise UserError(f"--weights {path} does not exist; give a state dict of Inception-v3")
     digest = hash_file(path)
+    layers = load_layers(name, dims, path)
+    centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5
+    features = Features(layers, resize, centre).to(device, DTYPES[precision], memory_format=torch.channels_last)
+    metadata = {"network": name, "dims": dims, "resize": resize, "dtype": precision, "weights_sha256": digest}
+    return features.requires_grad_(False).eval(), metadata
+
+
+def load_layers(name: str, dims: int, path: Path) -> OrderedDict:
+    """The layers of network `name` up to the one with `dims` features, ready for inference, with weights of `path`."""
     with torch.device("meta"):
         net = Inception3(aux_logits=False, init_weights=False)
     layers = OrderedDict()
@@ -112,52 +123,49 @@ def load_inception(
     for module in stack.modules():
         if isinstance(module, BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-    centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5
-    features = Features(layers, resize, centre).to(device, DTYPES[precision], memory_format=torch.channels_last)
-    facts = {"network": name, "dims": dims, "resize": resize, "dtype": precision, "weights_sha256": digest}
-    return features.requires_grad_(False).eval(), facts
+    return layers
 
 
 def read_weights(path: Path, name: str, expected: dict) -> dict:
-    """The tensors of `expected`, float32, out of the file `path`. Raises SystemExit when they are not all there."""
+    """The tensors of `expected`, float32, from the file `path`. Raises UserError when one is missing."""
     remedy = f"give the state dict of {Path(URLS[name]).name} to --weights"
     state = load_tensors(path, remedy)
     for key in expected:
-        if key.endswith("num_batches_tracked"):  # counts the training's steps, where a file has it at all
+        if key.endswith("num_batches_tracked"):  # counts training steps; some files leave it out
             state[key] = torch.tensor(0)
     check_tensors(state, expected, path, "the weights of Inception-v3", remedy)
     classes = state.get("fc.bias")
     if isinstance(classes, torch.Tensor) and classes.numel() != CLASSES[name]:
         found = next((other for other, n in CLASSES.items() if n == classes.numel()), "another")
-        raise SystemExit(f"error: {path} holds the {found} network, not {name}; choose --inception to fit, or {remedy}")
+        raise UserError(f"{path} holds the {found} network, not {name}; choose --inception to fit, or {remedy}")
     return {key: state[key].to(tensor.dtype) for key, tensor in expected.items()}
 
 
 def pool_as_tensorflow(block: nn.Module, kind: str) -> None:
-    """Makes the pooled branch of an Inception block pool as the graph of 2015-12-05 does.
+    """Make the pooled branch of an Inception block pool as the graph of 2015-12-05 does.
 
-    Its averages leave the padding out, where torchvision's divide by 9 also at the border: what torchvision pooled is
-    corrected on its way into the branch. Its very last block takes the maximum: its input is kept, and pooled there.
+    TensorFlow's averages leave out the padding, while torchvision divides by 9 at the border too: a hook corrects what
+    torchvision pooled. The last block of the graph takes the maximum instead: hooks keep its input and pool that.
     """
 
-    def average(_, inputs):
+    def correct_average(_, inputs):
         x = inputs[0]
         return x / avg_pool2d(torch.ones_like(x[:1, :1]), 3, 1, 1)
 
-    def keep(_, inputs):
+    def keep_input(_, inputs):
         block.unpooled = inputs[0]
 
-    def largest(_, __):
+    def take_maximum(_, __):
         x, block.unpooled = block.unpooled, None
         return max_pool2d(x, 3, 1, 1)
 
     if kind == "max":
-        block.register_forward_pre_hook(keep)
-    block.branch_pool.register_forward_pre_hook(largest if kind == "max" else average)
+        block.register_forward_pre_hook(keep_input)
+    block.branch_pool.register_forward_pre_hook(take_maximum if kind == "max" else correct_average)
 
 
 def find_weights(name: str) -> Path:
-    """The file of network `name` in torch's hub cache; downloaded, with its hash checked, where it is not there."""
+    """The file of network `name` in torch's hub cache. Downloads it and checks its hash where it is missing."""
     url = URLS[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.is_file():
@@ -166,26 +174,26 @@ def find_weights(name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), prefix)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise SystemExit(
-                f"error: the Inception weights could not be downloaded ({type(error).__name__}); put {path.name} "
+            raise UserError(
+                f"the Inception weights could not be downloaded ({type(error).__name__}); put {path.name} "
                 f"({MEGABYTES[name]} MB, SHA-256 begins {prefix}, from {url}) into {path.parent}, or pass --weights"
             ) from None
     return path
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a weights file. Raises SystemExit when its name carries the beginning of another one."""
+    """SHA-256 (hex) of a weights file. Raises UserError when the file's name promises another one."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except OSError as error:
-        raise SystemExit(f"error: {path} cannot be read ({error.strerror}); pass another to --weights") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); pass another to --weights") from None
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.hexdigest().startswith(named[1]):
-        raise SystemExit(
-            f"error: {path} is not what its name says: its SHA-256 begins {digest.hexdigest()[:8]}; "
-            f"get it again, or pass another to --weights"
+        raise UserError(
+            f"{path} is not what its name says: its SHA-256 begins {digest.hexdigest()[:8]}; get it again, or pass "
+            "another to --weights"
         )
     return digest.hexdigest()

@@ -1,79 +1,149 @@
-"""Means and covariances on disk, what they depend on, the cache."""
+"""Statistics of Inception features: measure them, keep them in .npz files, and tell whether two are comparable.
+
+    stats = measure(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D)
+    save_statistics(stats, Path("real.npz"))                     # mu and sigma, as pytorch-fid reads them
+"""
 
 import hashlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from support.files import atomic_write
+from support.devices import explain_out_of_memory
+from support.distributed import gather, is_first_rank, my_share
+from support.files import UserError, atomic_write
+from support.metrics import Moments
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
-FACTS = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")  # alike on both sides
+# Two sets of statistics are comparable only if these are equal.
+IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
+FIELDS = (*IDENTITY, "mu", "sigma", "features", "n", "split")
 
 
-def refuse_unlike(stats: dict, facts: dict, path: Path) -> None:
-    """Raises SystemExit when `stats` of `path` were measured in another way than `facts` say."""
-    for fact in FACTS:
-        if fact in stats and fact in facts and stats[fact] != facts[fact]:
-            raise SystemExit(
-                f"error: {fact} is {stats[fact]} in {path} and {facts[fact]} on the other side: such a distance means "
+def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
+    """Statistics of `total` images in batches uint8 (N,3,S,S), of which each process passes its share.
+
+    Raises UserError for fewer than 2 images and for features that are NaN or infinite.
+    """
+    moments, features, device = Moments(), [], next(net.parameters()).device
+    bar = tqdm(total=len(my_share(range(total))), desc=label, unit="img", disable=None if is_first_rank() else True)
+    with bar, explain_out_of_memory("lower --batch-size"):
+        for batch in batches:
+            features.append(net(batch.to(device)).cpu())
+            moments.add(features[-1])
+            bar.update(len(batch))
+    shares = gather((moments, features))
+    moments, features = Moments(), []
+    for other_moments, other_features in shares:
+        moments, features = moments.merge(other_moments), features + other_features
+    features = torch.cat(features)
+    if len(features) < 2:
+        raise UserError(f"{label}: {len(features)} images have no covariance; give 2 or more, 2,048 to quote FID")
+    if not features.isfinite().all():
+        raise UserError(f"{label}: the features hold NaN or infinite values; check the images and --weights")
+    mu, sigma = moments.mean_and_covariance()
+    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": features}
+
+
+def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
+    """Raise UserError when `stats` of `path` were measured in another way than `metadata` says."""
+    for name in IDENTITY:
+        if name in stats and name in metadata and stats[name] != metadata[name]:
+            raise UserError(
+                f"{name} is {stats[name]} in {path} and {metadata[name]} on the other side: such a distance means "
                 "nothing; measure both sides alike"
             )
 
 
 def save_statistics(stats: dict, path: Path) -> None:
-    """An .npz of mu and sigma, as pytorch-fid reads it, with the facts beside them."""
+    """Write an .npz of mu and sigma with their metadata. Raises UserError."""
     with atomic_write(path) as file:
         np.savez(file, **stats)
 
 
 def load_statistics(path: Path) -> dict:
-    """mu, sigma, and whatever facts an .npz made here, by pytorch-fid or by TTUR has. Raises SystemExit otherwise."""
+    """mu (D,) and sigma (D,D), float64, and the metadata that the file has. Raises UserError.
+
+    Reads files of this repository, pytorch-fid and TTUR. The others have no metadata.
+    """
     if not path.is_file():
-        raise SystemExit(f"error: {path} does not exist; give a folder of images or an .npz of statistics")
+        raise UserError(f"{path} does not exist; give a folder of images or an .npz of statistics")
     try:
         with np.load(path, allow_pickle=False) as content:
-            stats = {
-                name: content[name] for name in content if name in (*FACTS, "mu", "sigma", "features", "n", "split")
-            }
+            stats = {name: content[name] for name in content if name in FIELDS}
         stats = {name: value.item() if value.ndim == 0 else value for name, value in stats.items()}
-        mu, sigma = stats["mu"].astype(np.float64), stats["sigma"].astype(np.float64)
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise ValueError("mu and sigma do not fit each other")
-        n = stats.get("n", 2)
-        if not isinstance(n, int) or "features" in stats and stats["features"].shape != (n, len(mu)):
-            raise ValueError("n, mu and the features do not fit each other")
-    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, by the byte at which a file is damaged
-        raise SystemExit(
-            f"error: {path} holds no statistics mu and sigma ({' '.join(str(error).split())}); give another file"
-        ) from None
+        stats |= {name: stats[name].astype(np.float64) for name in ("mu", "sigma")}
+        check_statistics(stats)
+    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, depending on the byte that is damaged
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} holds no statistics mu and sigma ({why}); give another file") from None
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
-    return {"dims": len(mu)} | stats | {"mu": mu, "sigma": sigma}
+    return {"dims": len(stats["mu"])} | stats
 
 
-def read_cache(path: Path) -> dict | None:
-    try:
-        return load_statistics(path) if path.is_file() else None
-    except SystemExit as problem:
-        print(f"warning: measured again, since {str(problem).removeprefix('error: ')}", file=sys.stderr)
-        return None
-
-
-def choose(total: int, num: int | None) -> list[int]:
-    """`num` of `total` indices, in rising order and always the same; all of them where num is None."""
-    if num is None or num == total:
-        return list(range(total))
-    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
+def check_statistics(stats: dict) -> None:
+    """Raise ValueError when shapes do not fit each other or numbers are not finite."""
+    mu, sigma, n = stats["mu"], stats["sigma"], stats.get("n", 2)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError("mu and sigma do not fit each other")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("NaN or infinite values")
+    if not isinstance(n, int) or "features" in stats and stats["features"].shape != (n, len(mu)):
+        raise ValueError("n, mu and the features do not fit each other")
 
 
 def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
-    """SHA-256 (hex) over names below `root`, sizes and modification times: changes when the data does."""
+    """SHA-256 (hex) of the names below `root`, sizes and modification times of files. It changes with the data."""
     digest = hashlib.sha256()
     for path in paths:
         info = path.stat()
         digest.update(f"{path.relative_to(root).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def cache_path(folder: Path, paths: Sequence[Path], root: Path, metadata: dict) -> Path:
+    """The file in the cache `folder` for the statistics of `paths` below `root`, measured as `metadata` says."""
+    key = json.dumps([fingerprint(paths, root), metadata], sort_keys=True)
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def cached(path: Path, measure: Callable[[], dict]) -> dict:
+    """The statistics in the cache file `path`. Where it is missing or damaged, measures and writes them."""
+    first = is_first_rank()
+    stats = gather(read_cache(path) if first else None)[0]
+    if not stats:
+        stats = measure()
+        if first:
+            write_cache(stats, path)
+    return stats
+
+
+def read_cache(path: Path) -> dict | None:
+    """The statistics in the cache file `path`. None, with a warning, when the file is damaged."""
+    try:
+        return load_statistics(path) if path.is_file() else None
+    except UserError as problem:
+        print(f"warning: measured again, since {problem}", file=sys.stderr)
+        return None
+
+
+def write_cache(stats: dict, path: Path) -> None:
+    """Keep `stats` for the next run. A folder that cannot be written is a warning, not an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(stats, path)
+    except (OSError, UserError) as problem:
+        print(f"warning: the statistics are not kept for next time ({problem})", file=sys.stderr)
+
+
+def choose(total: int, num: int | None) -> list[int]:
+    """`num` of `total` indices in rising order, always the same ones; all of them where `num` is None."""
+    if num is None or num == total:
+        return list(range(total))
+    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())

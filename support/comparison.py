@@ -1,0 +1,82 @@
+"""Statistics of real and of generated images -> the result of evaluate.py, in numbers and in words.
+
+    result = compare(real, [fake], infinity=False)          # statistics as in support/statistics.py
+    print(report(metadata | result))
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+from support.files import atomic_write
+from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, precision_and_recall
+from support.statistics import choose
+
+
+def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
+    """FID, KID, precision and recall of generated against real images. FID is the mean over `fakes`, if several."""
+    fids = [frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
+    result = {"fid": float(np.mean(fids)), "n_real": real.get("n"), "n_fake": fakes[0].get("n")}
+    if len(fids) > 1:
+        half = scipy.stats.t.ppf(0.975, len(fids) - 1) * np.std(fids, ddof=1) / len(fids) ** 0.5
+        result |= {"fids": fids, "n_repeats": len(fids), "fid_95": [result["fid"] - half, result["fid"] + half]}
+    if infinity:
+        result["fid_infinity"] = fid_at_infinity(fakes[0]["features"], real["mu"], real["sigma"])
+    if "features" in real and "features" in fakes[0]:
+        result["kid"], result["kid_std"] = kernel_distance(fakes[0]["features"], real["features"])
+        result["precision"], result["recall"] = precision_and_recall(fakes[0]["features"], real["features"])
+    return result
+
+
+def compare_training_images(real: dict, train: dict, n: int) -> dict:
+    """The FID of `n` real training images, or of all there are, against the real side."""
+    some = train["features"][choose(train["n"], min(n, train["n"]))]
+    fid = frechet_distance(real["mu"], real["sigma"], *Moments().add(some).mean_and_covariance())
+    return {"floor": fid, "n_floor": len(some)}
+
+
+def warn(n_real: int | None, n_fake: int | None) -> None:
+    """Warn about numbers of images that bias FID."""
+    for side, n in (("real", n_real), ("generated", n_fake)):
+        if n and n < 2048:
+            print(
+                f"warning: {n:,} {side} images are fewer than 2,048: the covariance is rank-deficient at 2,048 dims, "
+                "and FID is biased upwards; compare it only with one of equal numbers",
+                file=sys.stderr,
+            )
+    if n_real and n_fake and max(n_real, n_fake) > 1.25 * min(n_real, n_fake):
+        message = f"{n_real:,} real and {n_fake:,} generated images: their biases differ; set --num"
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def report(result: dict) -> str:
+    """The result in words, with everything that it depends on. The last line is the FID."""
+    name = "FID" if result["dims"] == 2048 else f"FID-{result['dims']}"
+    lines = [
+        "{real}: {n_real} real images; {fake}: {n_fake} generated images; both {resolution}x{resolution}",
+        "{network}, {dims} features, resize {resize}, {dtype}, weights of SHA-256 {weights_sha256:.16}...",
+    ]
+    if "fid_95" in result:
+        lines.append(name + " {fid:.4f}: mean of {n_repeats} draws, 95 % interval {fid_95[0]:.4f} to {fid_95[1]:.4f}")
+    if "fid_infinity" in result:
+        lines.append(name + " {fid_infinity:.4f} extrapolated to infinitely many generated images")
+    if "floor" in result:
+        lines.append(name + " {floor:.4f} of {n_floor} real training images, which a perfect generator would reach")
+    if "kid" in result:
+        lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
+        lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
+    return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
+
+
+def save_result(result: dict, args: argparse.Namespace) -> None:
+    """Write the result, versions and flags to the file --json. Raises UserError."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    with atomic_write(args.json) as file:
+        file.write(json.dumps(result | {"versions": versions, "flags": flags}, indent=2).encode())
