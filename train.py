@@ -23,7 +23,7 @@ from typing import TextIO
 
 import torch
 from PIL import Image
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from tqdm import tqdm
 
 import network
@@ -107,8 +107,9 @@ def update_networks(
         fake = netG(z)
         logits_real = netD(augment(real, u_real), logits=True)
         logits_fake = netD(augment(fake.detach(), u_fake), logits=True)
-    errD_real = softplus(-logits_real).mean()
-    errD_fake = softplus(logits_fake).mean()
+    ones, zeros = torch.ones_like(logits_real), torch.zeros_like(logits_real)
+    errD_real = bce_with_logits(logits_real, ones)
+    errD_fake = bce_with_logits(logits_fake, zeros)
     errD = errD_real + errD_fake
     errD.backward()
     distributed.average_over_ranks([p.grad for p in netD.parameters()])
@@ -119,7 +120,7 @@ def update_networks(
     netD.requires_grad_(False)  # G needs the gradient through D, not the gradients of D's weights
     with autocast:
         logits = netD(augment(fake, u_fake_again), logits=True)
-    errG = softplus(-logits).mean()
+    errG = bce_with_logits(logits, ones)
     errG.backward()
     netD.requires_grad_(True)
     sums = torch.stack([errD, errG, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
