@@ -30,11 +30,12 @@ from dataloader import DataGenerater, make_loader, to_float
 from generator import load_generator, sample
 from network import Discriminator, Generator
 from support.augment import augment
-from support.checkpoint import CHECKPOINTS, read_log
-from support.cli import Formatter, count_cores, natural
-from support.files import atomic_write
+from support.checkpoint import CHECKPOINTS
+from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.files import UserError, atomic_write
 from support.images import image_grid, save_image
 from support.seeding import step_generator, step_latents
+from support.training_log import read_log
 from support.weights import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,21 +51,21 @@ JUDGED = 1600  # images per kind in judge()
 
 
 def python(script: str, flags: list, args: argparse.Namespace, log: Path) -> None:
-    """Runs a script of this repository on an equal share of the cores. Raises SystemExit if the script fails."""
+    """Runs a script of this repository on an equal share of the cores. Raises UserError if the script fails."""
     environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // args.jobs))} | os.environ
     command = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
     with log.open("a") as file:
         done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise SystemExit(f"error: `{shlex.join(command)}` failed; see {log}")
+        raise UserError(f"`{shlex.join(command)}` failed; see {log}")
 
 
-def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
+def run_variant(variant: str, seed: int, args: argparse.Namespace) -> dict:
     """Trains and measures one variant with one seed, and skips the finished parts. Returns what the table needs."""
     outdir = args.outdir / f"{variant}, seed {seed}"
     outdir.mkdir(parents=True, exist_ok=True)
     run_training(variant, seed, outdir, args)
-    rows = read_log(outdir / "log.jsonl", sys.maxsize)
+    rows = read_log(outdir / "log.jsonl")
     images_seen = rows[-1]["images_seen"]
     result = {"variant": variant, "seed": seed, "outdir": outdir, "images_seen": images_seen}
     result["images_per_sec"] = statistics.median(row["images_per_sec"] for row in rows)
@@ -193,20 +194,20 @@ def draw_faces(results: list[dict], args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     variants = list(VARIANTS)
     add("--variants", nargs="+", choices=VARIANTS, default=variants, help="variants; the first is the baseline")
-    add("--seeds", type=natural(0), nargs="+", default=[0], help="seeds; each variant is trained with each of them")
-    add("--epochs", type=natural(1), default=8, help="training epochs")
+    add("--seeds", type=int_at_least(0), nargs="+", default=[0], help="seeds of the trainings of each variant")
+    add("--epochs", type=int_at_least(1), default=8, help="training epochs")
     add("--image-size", type=int, default=64, help="width and height of the images")
     add("--train-flags", default="", help='flags of train.py for all variants: "--ngf 32 --ndf 32"')
-    add("--eval-every", type=natural(0), default=0, help="epochs between FIDs of the curve; 0: no curve")
+    add("--eval-every", type=int_at_least(0), default=0, help="epochs between FIDs of the curve; 0: no curve")
     add("--eval-flags", default="", help='flags of evaluate.py: "--inception tf2015 --weights FILE --dims 768"')
     add("--dataroot", type=Path, default=Path("data"), help="output folder of preprocess.py")
     add("--outdir", type=Path, default=Path("runs/ablation"), help="folder for the trainings")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--jobs", type=natural(1), default=1, help="concurrent trainings; they share the cores")
+    add("--jobs", type=int_at_least(1), default=1, help="concurrent trainings; they share the cores")
     add("--markdown", type=Path, metavar="FILE", help="write the table")
     add("--picture", type=Path, metavar="PNG", help="draw FID against images seen")
     add("--faces", type=Path, metavar="PNG", help="draw images of equal seeds for each variant")
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = ThreadPoolExecutor(args.jobs)
     try:
         todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
-        results = list(pool.map(lambda variant_and_seed: run(*variant_and_seed, args), todo))
+        results = list(pool.map(lambda variant_and_seed: run_variant(*variant_and_seed, args), todo))
     finally:
         pool.shutdown(cancel_futures=True)  # no new training starts after a failure or Ctrl-C
     command = shlex.join(sys.argv[1:] if argv is None else argv)
@@ -233,4 +234,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

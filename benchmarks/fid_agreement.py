@@ -24,11 +24,12 @@ import torch
 from timing import timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataloader import DataGenerater, find_images
-from evaluate import measure, read_batches
-from support.cli import Formatter, count_cores, natural
+from dataloader import DataGenerater, find_images, read_batches
+from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.files import UserError
 from support.inception import LAST_LAYER, load_inception
 from support.metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
+from support.statistics import measure
 
 SPEED_DIMS = 2048  # of the statistics whose distance is timed
 
@@ -39,7 +40,7 @@ def our_features(folder: Path, dims: int, resize: str, weights: Path, batch: int
     dataset = DataGenerater(folder, image_size=None)
     net(dataset.__getitems__(range(2)))
     batches = read_batches(dataset, range(len(dataset)), batch)
-    stats, seconds = timed(measure, batches, net, len(dataset), f"ours {dims} {resize} {folder.name}")
+    stats, seconds = timed(measure, net, batches, len(dataset), f"ours {dims} {resize} {folder.name}")
     return stats["features"], seconds / len(dataset)
 
 
@@ -185,18 +186,18 @@ Speed, relative to the first tool of each operation:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("real", type=Path, help="folder of real images")
     add("fake", type=Path, help="folder of generated images of the same size")
     add("--weights", type=Path, required=True, help="state dict of the tf2015 network (2015-12-05)")
-    add("--num", type=natural(2), default=256, help="images per folder")
-    add("--num-bf16", type=natural(2), default=32, help="images per folder in bf16")
-    add("--num-speed", type=natural(2), default=100, help="images of the speed measurement in fp32")
+    add("--num", type=int_at_least(2), default=256, help="images per folder")
+    add("--num-bf16", type=int_at_least(2), default=32, help="images per folder in bf16")
+    add("--num-speed", type=int_at_least(2), default=100, help="images of the speed measurement in fp32")
     add("--dims", type=int, nargs="+", choices=LAST_LAYER, default=list(LAST_LAYER), help="numbers of features")
-    add("--rounds", type=natural(1), default=3, help="rounds of the speed measurement; the best one counts")
-    add("--batch-size", type=natural(1), default=16, help="our batch size; pytorch-fid keeps its default of 50")
-    add("--threads", type=natural(1), default=count_cores(), help="threads of torch")
+    add("--rounds", type=int_at_least(1), default=3, help="rounds of the speed measurement; the best one counts")
+    add("--batch-size", type=int_at_least(1), default=16, help="our batch size; pytorch-fid keeps its default of 50")
+    add("--threads", type=int_at_least(1), default=count_cores(), help="threads of torch")
     add("--hardware", default="unknown hardware", help="description for the tables")
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     return parser.parse_args(argv)
@@ -209,7 +210,7 @@ def copy_first(folder: Path, num: int, target: Path) -> Path:
     return target
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict:
+def compare_all(args: argparse.Namespace, folder: Path) -> dict:
     """All comparisons, on copies of the images in the temporary `folder`."""
     peer_weights = peers.write_peer_weights(args.weights, folder)
     real, fake = copy_first(args.real, args.num, folder / "real"), copy_first(args.fake, args.num, folder / "fake")
@@ -228,18 +229,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         versions = peers.check_peers()
     except ImportError as error:
-        raise SystemExit(f"error: {error}; run `pip install -r benchmarks/requirements.txt`") from None
+        raise UserError(f"{error}; run `pip install -r benchmarks/requirements.txt`") from None
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "benchmarks/fid_agreement.py", *(sys.argv[1:] if argv is None else argv)])
     report = {"command": command, "threads": args.threads, "hardware": args.hardware, "versions": versions}
     with tempfile.TemporaryDirectory() as name:
         os.environ["TORCH_HOME"] = name
-        tables = format_tables(report | run(args, Path(name)))
+        tables = format_tables(report | compare_all(args, Path(name)))
     print(tables)
     if args.markdown:
         args.markdown.write_text(tables, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,8 +13,7 @@ from PIL import Image
 from timing import timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataloader import DataGenerater, find_images
-from evaluate import read_batches
+from dataloader import DataGenerater, find_images, read_batches
 from support.inception import LAST_LAYER
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid looks for its weights

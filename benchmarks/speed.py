@@ -26,7 +26,7 @@ from speed_training import measure_growth, measure_training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import preprocess
-from support.cli import Formatter, natural
+from support.cli import HelpFormatter, int_at_least, run
 from support.demo_faces import draw_face
 from support.devices import pick_device
 
@@ -159,20 +159,20 @@ def draw_growth(report: dict, path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("data").add_argument
     group("--photos", type=Path, help="zip of JPEG photos, such as CelebA's; without it the benchmark draws faces")
-    group("--count", type=natural(256), default=4000, help="number of photos to use")
+    group("--count", type=int_at_least(256), default=4000, help="number of photos to use")
     group("--dataroot", type=Path, help="folder of crops to train on, instead of crops of the photos")
     group = parser.add_argument_group("measurement").add_argument
     group("--only", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
-    group("--rounds", type=natural(1), default=3, help="repetitions of each measurement; the table shows medians")
-    group("--steps", type=natural(1), default=12, help="training steps per round; use 200 on a GPU")
-    group("--batch-size", type=natural(2), default=128, help="batch size of the training")
+    group("--rounds", type=int_at_least(1), default=3, help="repetitions of each measurement; the table shows medians")
+    group("--steps", type=int_at_least(1), default=12, help="training steps per round; use 200 on a GPU")
+    group("--batch-size", type=int_at_least(2), default=128, help="batch size of the training")
     batches = [32, 64, 128, 256, 512, 1024]
-    group("--batches", type=natural(2), nargs="+", default=batches, help="batch sizes of the stage growth")
-    group("--faces", type=natural(64), default=1024, help="number of faces to generate")
-    group("--celeba", type=natural(0), default=202_599, help="images of the large start measurement; 0 skips it")
+    group("--batches", type=int_at_least(2), nargs="+", default=batches, help="batch sizes of the stage growth")
+    group("--faces", type=int_at_least(64), default=1024, help="number of faces to generate")
+    group("--celeba", type=int_at_least(0), default=202_599, help="images of the large start measurement; 0 skips it")
     group = parser.add_argument_group("hardware").add_argument
     group("--device", default="auto", help="auto, cpu, cuda, mps")
     group("--hardware", default=platform.processor() or platform.machine(), help="description for the table")
@@ -202,4 +202,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

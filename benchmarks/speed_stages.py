@@ -25,6 +25,7 @@ import preprocess
 from dataloader import DataGenerater, make_loader
 from network import Generator
 from support.cli import count_cores
+from support.files import UserError
 
 BYTES_PER_IMAGE = 3 * 64 * 64
 FIRST_STEP = Path(__file__).resolve().parent / "first_step.py"
@@ -173,7 +174,7 @@ def start_training(dataroot: Path, device: torch.device, *flags) -> dict[str, fl
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise SystemExit(f"error: {FIRST_STEP.name} ended with exit status {child.returncode}; see its message above")
+        raise UserError(f"{FIRST_STEP.name} ended with exit status {child.returncode}; see its message above")
     times = json.loads(output.splitlines()[-1])
     peak = usage.ru_maxrss / 2**20  # Linux counts in KiB
     start_sec = times["first_step_unix_sec"] - start

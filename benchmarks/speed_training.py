@@ -131,7 +131,7 @@ class OurLoop:
         self.data_wait_sec += time.perf_counter() - start
         real = to_float(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         z = step_latents(0, self.state.step, len(real)).to(self.device, non_blocking=True)
-        train.train_step(self.state, real, z, self.autocast, 0.999)
+        train.train_step(self.state, self.autocast, self.args.ema, real, z)
 
 
 def images_per_sec(loop: TutorialLoop | OurLoop, steps: int, batch_size: int) -> float:
