@@ -180,7 +180,7 @@ def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     train = real.with_name("train")
     train = train if train.is_dir() and real.is_dir() and real.name != "train" else None
     if args.neighbours and not train:
-        raise UserError(f"--neighbours needs a folder train beside {real}; give another --real")
+        raise UserError(f"--neighbours needs a folder train next to {real}; give another --real")
     if real.suffix != ".npz":
         find_images(real)  # before anything is downloaded
     return Inputs(netG, args.images or args.params, real, train, resolution)

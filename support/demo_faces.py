@@ -1,6 +1,6 @@
 """Procedural faces, drawn from numbers: what everything here runs on where there are no photos.
 
-    from demo_faces import draw_face
+    from support.demo_faces import draw_face
     draw_face(seed=0, index=7).show()               # the same face every time
 
 A head is an ellipsoid that is lit, turned and painted on in its own coordinates. The faces vary in what faces vary in
