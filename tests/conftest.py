@@ -1,4 +1,4 @@
-"""What several tests share: small crops, and the scripts run as a user runs them."""
+"""Fixtures that several test files use: small data, a finished training, and the scripts as a user runs them."""
 
 import os
 import shutil
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torchvision.models.inception import Inception3
+from helpers import ROOT, random_inception, run_python, run_training
 
 import preprocess
 
-ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["programs"]
 torch.set_num_threads(1)
 
 
@@ -25,21 +24,57 @@ def dataroot(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(dataroot, tmp_path_factory):
+    """The output folder of a finished training of two epochs. Tests that change files work on a copy."""
+    outdir = tmp_path_factory.mktemp("trained") / "run"
+    run_training(dataroot, outdir, "--epochs", 2)
+    return outdir
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of random Inception weights in the format of pytorch-fid."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(random_inception(tf2015=True).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with real photos and real Inception weights."""
+    if "FAKEFACEGEN_SHARED" not in os.environ:
+        pytest.skip("needs FAKEFACEGEN_SHARED, a folder with data/img_align_celeba_16k.zip, "
+                    "data/list_eval_partition.txt and weights/inception_2015-12-05_half.pth")
+    return Path(os.environ["FAKEFACEGEN_SHARED"])
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Preprocesses the photos in tmp_path/src at 64x64 and returns the data root."""
+
+    def run(*flags):
+        src, out = tmp_path / "src", tmp_path / "out"
+        preprocess.main([str(src), "--dataroot", str(out), "--sizes", "64", "--workers", "0", *flags])
+        return out
+
+    (tmp_path / "src").mkdir()
+    return run
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Runs `python <script> <arguments>` in an empty folder; returns the finished process."""
 
     def run(script, *arguments, cwd=tmp_path):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(tmp_path / "empty")}
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+        return run_python(ROOT / script, *arguments, cwd=cwd, TORCH_HOME=str(tmp_path / "empty"))
 
     return run
 
 
 @pytest.fixture
 def refused():
-    """Asserts that a process ended by one sentence that holds `words`, with a non-zero exit and no traceback."""
+    """Asserts that a process ended with one sentence that holds `words`, a non-zero exit code and no traceback."""
 
     def check(process, *words):
         assert process.returncode != 0, process.stdout
@@ -65,23 +100,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def random_inception(tf2015):
-    """A network with the names and shapes of the real files, and features that vary."""
-    torch.manual_seed(0)
-    net = Inception3(aux_logits=not tf2015, init_weights=False, num_classes=1008 if tf2015 else 1000)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.02, 0.1)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return net.eval()
+@pytest.fixture
+def run_without_shared_memory(tmp_path):
+    """Runs `python <arguments>` with a read-only /dev/shm, as many containers have: it can create no semaphores."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("needs the right to unshare")
 
+    def run(*arguments):
+        mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A file of Inception weights as pytorch-fid's is."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(random_inception(tf2015=True).state_dict(), path)
-    return path
+    return run

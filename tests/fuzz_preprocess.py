@@ -1,10 +1,10 @@
-"""Damaged files of every kind through preprocess.py: each must become a right crop or a listed skip.
+"""Runs preprocess.py on damaged files of every kind: each file must become a correct crop or a listed skip.
 
     python tests/fuzz_preprocess.py --count 100000 --seed 0          # file i depends on (seed, i) alone
     python tests/fuzz_preprocess.py --count 20000 --workers 2        # through the process pool
 
-Fails (exit 1) on a crash, a dead worker, a file that takes over 5 s, a wrong crop, a file that is neither cropped nor
-listed, a write outside --dataroot, or memory that grows. The files of a failing batch stay in --folder.
+The exit code is 1 after a crash, a dead worker, a file that takes over 5 s, a wrong crop, a file that is neither
+cropped nor listed, a write outside --dataroot, or growing memory use. The files of a failing batch stay in --folder.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import faulthandler
 import io
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,28 +20,27 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from helpers import skips
+from PIL import ExifTags, Image
 
+import preprocess
 from support.cli import Formatter, natural
 from support.photos import crop_name
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import preprocess  # noqa: E402
 
 SIZE = 32
 MAX_SECONDS = 5.0
 MAX_GROWTH = 300  # MiB that may stay in use after a run
-MAX_PEAK = 1500  # MiB at any moment: a header may honestly ask for MAX_PIXELS
+MAX_PEAK = 1500  # MiB at any moment: a correct header may ask for MAX_PIXELS
 
 
 @lru_cache
 def whole_files() -> list[tuple[str, str, bytes]]:
-    """(kind, suffix, bytes) of sound files, one for each format, mode and compression that matters."""
+    """(kind, suffix, bytes) of undamaged files, one for each format, mode and compression that matters."""
     y, x = np.mgrid[:60, :48]
     photo = Image.fromarray(np.stack([5 * x, 4 * y, 2 * (x + y)], -1).astype(np.uint8))
     deep = Image.fromarray((1000 * x + y).astype(np.uint16))
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "camera"
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "camera"
     rgba, grey, palette = photo.convert("RGBA"), photo.convert("L"), photo.quantize(16)
     rgba.putalpha(grey)
     moving = {"save_all": True, "append_images": [photo.rotate(90 * i) for i in (1, 2)]}
@@ -63,13 +61,13 @@ def whole_files() -> list[tuple[str, str, bytes]]:
         files.append((kind, "." + kind, buffer.getvalue()))
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><circle cx="50" cy="50" r="40"/></svg>\n'
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + np.random.default_rng(0).bytes(1500)
-    jpeg, png = files[0][2], files[5][2]  # under another name: what a file is shows in its bytes
+    jpeg, png = files[0][2], files[5][2]  # with the suffix of another format: the content decides
     files += [("heic", ".heic", heic), ("heic", ".heic", jpeg), ("svg", ".svg", svg), ("svg", ".svg", png)]
     return files + [("text", ".txt", b"holiday, day %d\n" * 40), ("text", ".jpg", b"\xff\xd8 is how a JPEG begins\n")]
 
 
 def flip_bits(rng: np.random.Generator, data: bytearray) -> None:
-    end = len(data) if rng.random() < 0.5 else min(len(data), 200)  # half of the time in the headers
+    end = len(data) if rng.random() < 0.5 else min(len(data), 200)  # one time in two, only the headers
     for at in rng.integers(0, end, rng.integers(1, 30)):
         data[at] ^= 1 << int(rng.integers(8))
 
@@ -91,7 +89,7 @@ def splice_header(rng: np.random.Generator, data: bytearray) -> None:
 
 
 def write_number(rng: np.random.Generator, data: bytearray) -> None:
-    """An extreme number somewhere in the headers: a width, a length, an offset."""
+    """Overwrites a field in the headers (a width, a length, an offset) with an extreme number."""
     number = int(rng.choice([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 20000, 0x7FFFFFFF, 0xFFFFFFFF]))
     at, width = int(rng.integers(0, min(len(data), 300))), 4 if number > 0xFFFF else int(rng.choice([1, 2, 4]))
     data[at : at + width] = (number % 256**width).to_bytes(width, "big" if rng.random() < 0.5 else "little")
@@ -117,14 +115,14 @@ def damaged_file(seed: int, number: int) -> tuple[str, str, str, bytes]:
 
 
 def memory() -> float:
-    """Of this process, MiB now; 0 where /proc does not say."""
+    """The resident memory of this process in MiB; 0 on a system without /proc."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     return 0.0
 
 
 def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, seconds: dict[str, float]) -> Counter:
-    """Preprocess the files in `folder`/src and check each; count (kind, 'crop' or 'skip' or what is wrong)."""
+    """Preprocess the files in `folder`/src and check each; count (what, 'crop' or 'skip' or what is wrong)."""
     data, process = folder / "data", preprocess.process
     flags = ["--dataroot", str(data), "--sizes", str(SIZE), "--workers", str(workers)]
 
@@ -143,9 +141,8 @@ def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, s
         preprocess.process = process
     assert sorted(path.name for path in folder.iterdir()) == ["data", "src"], "a write outside --dataroot"
     assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png"}, "a write into SRC"
-    assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write beside the crops"
-    lines = (data / "skipped.txt").read_text(encoding="utf-8").splitlines()
-    listed = dict(line.split(": ", 1) for line in lines)
+    assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write outside the folder of crops"
+    listed = skips(data)
     crops = {path.stem: path for path in (data / str(SIZE)).glob("*/*")}
     counts = Counter()
     for name, what in files.items():
@@ -164,7 +161,7 @@ def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, s
 def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 1000, progress: bool = False) -> dict:
     """Run `count` damaged files. Returns {"counts", "slowest" (s, name), "growth" and "peak" (MiB), "seconds"}.
 
-    Raises AssertionError on what must not happen; preprocess.py's own exceptions pass.
+    Raises AssertionError for everything that must not happen. Exceptions of preprocess.py pass through.
     """
     counts, slowest, start, before = Counter(), (0.0, ""), time.perf_counter(), None
     for first in range(0, count, batch):
@@ -181,7 +178,7 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
         found = check_batch(folder, files, workers, seconds)
         slowest = max([slowest, *((taken, name) for name, taken in seconds.items())])
         counts += found
-        before = before or memory()  # after the first batch: every decoder is loaded
+        before = before or memory()  # after the first batch, which has loaded every decoder
         wrong = [what for (_, what) in found if what not in ("crop", "skip")]
         assert not wrong, wrong
         assert slowest[0] < MAX_SECONDS, f"{slowest[1]} took {slowest[0]:.1f} s"
@@ -191,7 +188,7 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     growth = memory() - before
     assert growth < MAX_GROWTH, f"memory grew by {growth:.0f} MiB"
-    assert peak < MAX_PEAK or not progress, f"memory peaked at {peak:.0f} MiB"  # in a test suite it is not ours alone
+    assert peak < MAX_PEAK or not progress, f"memory peaked at {peak:.0f} MiB"  # in a test suite, others share it
     shutil.rmtree(folder)
     taken = time.perf_counter() - start
     return {"counts": counts, "slowest": slowest, "growth": growth, "peak": peak, "seconds": taken}
@@ -200,14 +197,14 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--count", type=natural(1), default=2000, help="files")
-    parser.add_argument("--seed", type=natural(0), default=0, help="of the files")
-    parser.add_argument("--workers", type=natural(0), default=0, help="processes; 0 times every file")
-    parser.add_argument("--folder", type=Path, help="empty folder to work in, if not a temporary one")
+    parser.add_argument("--seed", type=natural(0), default=0, help="seed of the files")
+    parser.add_argument("--workers", type=natural(0), default=0, help="processes; 0 measures the time of every file")
+    parser.add_argument("--folder", type=Path, help="new folder to work in instead of a temporary one")
     args = parser.parse_args(argv)
     faulthandler.enable()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     if args.folder and args.folder.exists():
-        raise SystemExit(f"error: --folder {args.folder} exists; name a new one, since it is emptied")
+        raise SystemExit(f"error: --folder {args.folder} exists; name a new one, because the folder is emptied")
     try:
         result = fuzz(args.count, args.seed, folder, args.workers, progress=True)
     except AssertionError as error:

@@ -1,0 +1,146 @@
+"""Wrong flags and bad input of the four scripts: each error is one clear sentence."""
+
+import pytest
+import torch
+from helpers import SMALL, jpeg
+from PIL import Image
+
+import evaluate
+import network
+
+# ---------------------------------------------------------------------------------------------- preprocess.py
+
+
+@pytest.mark.parametrize("flags, words", [
+    ((), ["SRC", "--demo"]),
+    (("nowhere",), ["nowhere", "does not exist"]),
+    (("empty",), ["empty", "no files"]),
+    (("text.zip",), ["text.zip", "not a whole zip"]),
+    (("texts",), ["no crop"]),
+])
+def test_preprocess_refuses_bad_input(tmp_path, run_script, refused, flags, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.zip").write_text("no zip")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    refused(run_script("preprocess.py", *flags), *words)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--demo", "0"), ("--demo", "2", "--sizes", "0"), ("--demo", "2", "--workers", "-1"),
+    ("--demo", "2", "--crop", "x"), ("--demo", "2", "--crop", "179"), ("--demo", "2", "--dataroot", "file"),
+    ("--demo", "2", "--download"), ("src", "--demo", "2"), ("file",),
+])
+def test_preprocess_refuses_bad_flags(tmp_path, run_script, refused, flags):
+    (tmp_path / "file").write_text("text")
+    refused(run_script("preprocess.py", *flags))
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, ["cannot read --partition"]),
+    ("a.jpg 0\nb.jpg three\n", ["b.jpg three", "0, 1 or 2"]),
+    ("other.jpg 0\n", ["names none of the photos"]),
+    ("a.jpg 3\n", ["names none of the photos"]),
+])
+def test_preprocess_refuses_bad_partitions(tmp_path, run_script, refused, text, words):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    refused(run_script("preprocess.py", "src", "--partition", "list.txt"), "list.txt", *words)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------- train.py
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--dataroot", "nowhere"), ["nowhere", "preprocess.py"]),
+    (("--batch-size", "1000"), ["--batch-size"]),
+    (("--resume",), ["--resume", "no checkpoint"]),
+    (("--image-size", "65"), ["--image-size"]),
+    (("--device", "cuda:99"), ["--device"]),
+    (("--outdir", "/proc/none"), ["--outdir"]),
+    (("--lr", "-1"), ["--lr", "-1 is not"]),
+    (("--lr", "nan"), ["--lr"]),
+    (("--beta1", "1"), ["--beta1", "below 1"]),
+    (("--ema", "2"), ["--ema", "below 1"]),
+    (("--seed", "9" * 30), ["--seed", "too large"]),
+    (("--eval-every", "1", "--eval-flags", "--weights 'w"), ["--eval-flags"]),
+])
+def test_train_refuses_bad_input(dataroot, run_script, refused, flags, words):
+    refused(run_script("train.py", *SMALL, "--dataroot", dataroot, *flags), *words)
+
+
+# ---------------------------------------------------------------------------------------------- generator.py
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--params", "nowhere"), ["nowhere", "train.py"]),
+    (("--seeds", "5-3"), ["--seeds", "5-3"]),
+    (("--device", "cuda:99"), ["--device", "cuda:99"]),
+    (("--device", "meta"), ["--device", "meta"]),
+    (("--outdir", "generator.params/x"), ["--outdir"]),
+])
+def test_generator_refuses_bad_input(tmp_path, run_script, refused, flags, words):
+    torch.save(network.Generator(16, 8).state_dict(), tmp_path / "generator.params")
+    refused(run_script("generator.py", "--params", "generator.params", *flags), *words)
+
+
+# ---------------------------------------------------------------------------------------------- evaluate.py
+
+
+@pytest.fixture
+def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
+    """Asserts one sentence that holds `words`. Runs in this process: a new one takes seconds to import torch."""
+
+    def check(flags, words):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as error:
+            evaluate.main(["--inception", "tf2015", "--dims", "64", "--weights", str(weights), *flags])
+        message = error.value.code
+        if message == 2:  # the exit code of argparse, which prints its message
+            message = capsys.readouterr().err.splitlines()[-1]
+        assert "error: " in message and "\n" not in message
+        for word in words:
+            assert word in message, message
+
+    return check
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--params", "nowhere"), ["nowhere", "train.py"]),
+    (("--params", "bad.npz"), ["bad.npz", "damaged"]),
+    (("--images", "nowhere"), ["nowhere", "preprocess.py"]),
+    (("--images", "empty"), ["empty", "no images"]),
+    (("--images", "mixed", "--real", "two"), ["b.png is 32x32"]),
+    (("--images", "broken", "--real", "two"), ["a.png", "cannot be read"]),
+    (("--images", "one"), ["64", "test", "preprocess.py"]),
+    (("--images", "one", "--weights", "nowhere"), ["64", "test", "preprocess.py"]),
+    (("--images", "one", "--real", "one"), ["1 images"]),
+    (("--images", "one", "--real", "two", "--num", "9"), ["--num is 9", "1 images"]),
+    (("--images", "one", "--real", "small"), ["resolution is 32"]),
+    (("--images", "one", "--real", "no.npz"), ["no.npz"]),
+    (("--images", "one", "--real", "bad.npz"), ["bad.npz", "mu and sigma"]),
+    (("--images", "one", "--real", "one", "--weights", "nowhere"), ["--weights nowhere"]),
+    (("--images", "one", "--json", "bad.npz"), ["bad.npz exists"]),
+    (("--images", "one", "--json", "no/r.json"), ["no folder no"]),
+    (("--images", "one", "--real", "one", "--neighbours", "n.png"), ["--neighbours", "train"]),
+    (("--images", "one", "--repeats", "2"), ["--repeats"]),
+    (("--images", "one", "--neighbours", "n.gif"), [".png"]),
+    (("--images", "one", "--real", "one", "--device", "cuda:7"), ["--device cuda:7"]),
+])
+def test_evaluate_refuses_bad_input(evaluate_refuses, tmp_path, flags, words):
+    for folder in ("empty", "one", "two", "small", "mixed", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bad.npz").write_text("no archive")
+    (tmp_path / "broken" / "a.png").write_text("no picture")
+    Image.new("RGB", (32, 32)).save(tmp_path / "small" / "a.png")
+    for name in ("one/a.png", "two/a.png", "two/b.png", "mixed/a.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    Image.new("RGB", (32, 32)).save(tmp_path / "mixed" / "b.png")
+    evaluate_refuses(flags, words)
+
+
+def test_evaluate_refuses_bad_input_as_a_script(run_script, refused):
+    refused(run_script("evaluate.py", "--params", "runs/64/generator.params"), "runs/64/generator.params", "train.py")

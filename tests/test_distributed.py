@@ -1,0 +1,85 @@
+"""Two processes of torchrun over gloo: training and evaluation."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    PROGRAMS,
+    ROOT,
+    SMALL,
+    assert_equal,
+    child_processes,
+    load,
+    run_python,
+    start,
+    torchrun,
+    wait_for,
+)
+
+import network
+import train
+from dataloader import DataGenerater, to_float
+from support.statistics import load_statistics
+
+
+def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):
+    """After an epoch, the ranks are equal bit by bit. Only D's BatchNorm statistics depend on the images of a rank.
+
+    No thread of gloo may still run after the training, because it could abort the process at exit.
+    """
+    flags = [*SMALL, "--dataroot", str(dataroot), "--outdir", str(tmp_path / "run")]
+    done = run_python(*torchrun(2), PROGRAMS / "spy_on_steps.py", *flags, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gloo" not in done.stdout
+    ranks = [load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    images = to_float(DataGenerater(dataroot / "64" / "train", in_memory=True).images)
+    seen = torch.cat([rank.pop("seen") for rank in ranks])
+    indices = [(images == image).flatten(1).all(1).nonzero().item() for image in seen]  # each image is in the data set
+    assert len(indices) == len(images) // 8 * 8 == len(set(indices))
+    for rank in ranks:
+        rank["netD"] = {name: tensor for name, tensor in rank["netD"].items() if "running" not in name}
+    assert_equal(*ranks)
+    train.main([*flags, "--epochs", "2", "--resume"])  # one process resumes the training of two
+
+
+def test_after_the_death_of_one_process_the_other_ends(dataroot, tmp_path):
+    process = start(dataroot, tmp_path / "run", 2, "--epochs", 500)
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists, process)
+    children = child_processes(process)
+    if children is None:
+        process.terminate()
+        pytest.skip("needs /proc")
+    killed, other = children
+    os.kill(killed, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+
+
+def test_evaluate_in_two_processes_equals_one_process(dataroot, weights, tmp_path):
+    torch.manual_seed(0)
+    torch.save(network.Generator(8, 4).state_dict(), tmp_path / "g.params")
+    flags = ["--params", tmp_path / "g.params", "--num", 21, "--dims", 64, "--inception", "tf2015"]
+    flags += ["--weights", weights, "--device", "cpu"]
+    results = []
+    for processes in (1, 2):
+        root = tmp_path / str(processes)
+        (root / "64").mkdir(parents=True)
+        for split in ("train", "test"):
+            (root / "64" / split).symlink_to(dataroot / "64" / split)
+        launcher = torchrun(processes) if processes > 1 else []
+        outputs = ["--dataroot", root, "--json", root / "r.json", "--save-stats", root / "s.npz"]
+        done = run_python(*launcher, ROOT / "evaluate.py", *flags, *outputs, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Fréchet Inception Distance") == 1
+        results.append((json.loads((root / "r.json").read_text()), load_statistics(root / "s.npz")))
+    (single, stats), (double, double_stats) = results
+    assert double["n_fake"] == 21 and double["n_real"] == single["n_real"] == double_stats["n"]
+    assert double["fid"] == pytest.approx(single["fid"], abs=1e-4)
+    for name in ("mu", "sigma"):
+        np.testing.assert_allclose(double_stats[name], stats[name], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,87 @@
+"""Files appear whole or not at all: support/files.py, and the scripts on full and read-only disks."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, assert_same_training, assert_whole_pngs, run_python, run_training
+
+from support.files import atomic_write
+
+
+def remount(disk, access):
+    """Makes a mounted file system read-only ("ro") or writable ("rw")."""
+    subprocess.run(["mount", "-o", f"remount,{access}", disk], check=True)
+
+
+def test_atomic_write_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"before")
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert (tmp_path / "file").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(SystemExit, match="cannot write"), atomic_write(tmp_path / "no" / "file"):
+        pass
+
+
+def test_atomic_write_to_a_name_of_255_bytes(tmp_path):
+    with atomic_write(tmp_path / ("n" * 255), durable=True) as file:
+        file.write(b"whole")
+    assert (tmp_path / ("n" * 255)).read_bytes() == b"whole"
+    with pytest.raises(SystemExit, match="name too long"), atomic_write(tmp_path / ("n" * 256)):
+        pass
+
+
+def test_atomic_write_explains_the_error_of_torch_save_on_a_full_disk(small_disk):
+    """torch.save raises a RuntimeError there."""
+    (small_disk / "params").write_bytes(b"before")
+    with (
+        pytest.raises(SystemExit, match="No space left"),
+        atomic_write(small_disk / "params", durable=True) as file,
+    ):
+        torch.save(torch.zeros(2 * 10**6), file)
+    assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("params", b"before")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_preprocess_on_a_full_disk(small_disk, run_script, refused, workers):
+    (small_disk / "filler").write_bytes(bytes(3_900_000))
+    done = run_script("preprocess.py", "--demo", 200, "--dataroot", small_disk, "--sizes", 64, "--workers", workers)
+    refused(done, "cannot write", "No space left", "free some space")
+    assert not list(small_disk.rglob("*.tmp"))
+    assert_whole_pngs(small_disk)
+
+
+def test_preprocess_on_a_read_only_disk(small_disk, run_script, refused):
+    remount(small_disk, "ro")
+    refused(run_script("preprocess.py", "--demo", 2, "--dataroot", small_disk), "cannot write", "Read-only")
+
+
+def test_training_on_a_full_and_on_a_read_only_disk(dataroot, tmp_path, small_disk, run_script, refused):
+    """The error is one sentence. The training resumes from its last checkpoint once the disk has space again."""
+    run_training(dataroot, tmp_path / "whole", "--epochs", 3)
+    run_training(dataroot, small_disk / "run", "--epochs", 1)
+    resume = [*SMALL, "--dataroot", dataroot, "--outdir", small_disk / "run", "--epochs", 3, "--resume"]
+    kept = (small_disk / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    refused(run_script("train.py", *resume), "cannot write", small_disk / "run", "No space left", "free some")
+    remount(small_disk, "ro")
+    refused(run_script("train.py", *resume), "cannot write", small_disk / "run", "Read-only")
+    remount(small_disk, "rw")
+    assert (small_disk / "run" / "checkpoint.pt").read_bytes() == kept
+    (small_disk / "filler").unlink()
+    run_training(dataroot, small_disk / "run", "--epochs", 3, "--resume")
+    assert_same_training(tmp_path / "whole", small_disk / "run")
+
+
+def test_training_from_a_read_only_checkout(dataroot, tmp_path, small_disk):
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, small_disk)
+    shutil.copytree(ROOT / "support", small_disk / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    remount(small_disk, "ro")
+    done = run_python(small_disk / "train.py", *SMALL, "--dataroot", dataroot, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "runs" / "64" / "generator.params").exists(), done.stderr

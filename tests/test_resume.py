@@ -1,0 +1,97 @@
+"""Trainings that are killed, stopped and resumed: the result equals that of an uninterrupted training."""
+
+import shutil
+import signal
+import time
+
+import pytest
+from helpers import SMALL, assert_same_training, run_training, start, wait_for
+from kill_train import kill
+
+import train
+
+
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
+def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
+    run_training(dataroot, tmp_path / "whole", "--epochs", 2, *flags)
+    run_training(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
+    run_training(dataroot, tmp_path / "parts", "--epochs", 2, "--resume", *flags)
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])
+def test_a_killed_training_resumes_bit_by_bit(tmp_path, precision, processes, number):
+    """The short form of tests/kill_train.py: one kill, while a file is being written."""
+    flags = ["--epochs", 14, "--precision", precision, "--augment", "--group-norm"]
+    torn = kill(tmp_path, 1, flags, processes, number)
+    assert torn == (number == signal.SIGKILL)
+
+
+def test_a_training_resumes_after_a_kill_in_the_first_epoch(dataroot, tmp_path, monkeypatch, trained):
+    """Also a kill between generator.params and the checkpoint of that epoch."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    save_params = train.save_params
+
+    def save_params_and_die(*arguments):
+        save_params(*arguments)
+        killed()
+
+    for name, death in (("train_step", killed), ("save_params", save_params_and_die)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train, name, death)
+            run_training(dataroot, tmp_path / name, "--epochs", 2)
+        run_training(dataroot, tmp_path / name, "--epochs", 2, "--resume")
+        assert_same_training(trained, tmp_path / name)
+
+
+def test_a_training_killed_between_two_checkpoints_is_not_overwritten(dataroot, tmp_path, run_script, refused, trained):
+    """Between the two renames, checkpoint_previous.pt exists and checkpoint.pt does not."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    flags = ["--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", "2"]
+    refused(run_script("train.py", *SMALL, *flags), "--resume", tmp_path / "run")
+    run_training(dataroot, tmp_path / "run", "--epochs", 2, "--resume")
+
+
+def test_a_second_ctrl_c_stops_at_once(dataroot, tmp_path):
+    """The test sends both during a step of some seconds. The first Ctrl-C lets the step end."""
+    run_training(dataroot, tmp_path / "run", "--epochs", 1, "--ngf", 64, "--ndf", 64, "--batch-size", 40)
+    flags = ["--epochs", 99, "--ngf", 64, "--ndf", 64, "--batch-size", 40, "--resume"]
+    process = start(dataroot, tmp_path / "run", 1, *flags)
+    log = tmp_path / "run" / "log.jsonl"
+    rows = len(log.read_text().splitlines())
+    wait_for(lambda: len(log.read_text().splitlines()) > rows, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "stopped at" not in message
+
+
+def test_resume_with_different_images_is_refused(dataroot, tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(dataroot, tmp_path / "data")
+    one, other = sorted((tmp_path / "data" / "64" / "train").iterdir())[:2]
+    shutil.copy(one, other)
+    with pytest.raises(SystemExit, match="training images are others"):
+        run_training(tmp_path / "data", tmp_path / "run", "--epochs", 3, "--resume")
+
+
+def test_a_finished_training_is_never_overwritten(dataroot, tmp_path, run_script, refused, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    flags = ["--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", "2"]
+    refused(run_script("train.py", *SMALL, *flags), "--resume", tmp_path / "run")
+    refused(run_script("train.py", *SMALL, *flags, "--resume", "--lr", "0.1"), "--lr", "0.0002")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    run_training(dataroot, tmp_path / "run", "--epochs", 2, "--resume")  # no epoch is left
+    for path in (tmp_path / "run").rglob("*.p*"):
+        assert path.read_bytes() == before[path], path
+    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+        (tmp_path / "run" / name).write_bytes(b"no checkpoint")
+    refused(run_script("train.py", *SMALL, *flags, "--resume"), "checkpoint")
+    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+        (tmp_path / "run" / name).unlink()
+    refused(run_script("train.py", *SMALL, *flags), "generator.params", "--outdir")
