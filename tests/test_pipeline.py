@@ -1,9 +1,7 @@
-"""The whole pipeline as a user runs it: photos, crops, training, faces, FID, each by its own command."""
-
-import ast
+"""The whole pipeline as a user runs it, one command per stage: photos, crops, training, faces, FID."""
 
 import torch
-from conftest import ROOT, random_inception
+from helpers import random_inception
 from PIL import Image
 
 from support import demo_faces
@@ -36,24 +34,3 @@ def test_help_of_every_script(run_script):
     for script in ("preprocess.py", "train.py", "generator.py", "evaluate.py"):
         done = run_script(script, "--help")
         assert done.returncode == 0 and f"python {script}" in done.stdout
-
-
-SCRIPTS = ["preprocess", "dataloader", "network", "network_128", "generator", "evaluate", "train"]
-
-
-def imported_modules(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
-
-
-def test_imports_run_one_way():
-    """A script imports only the scripts to its left, and support/ imports none."""
-    assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
-    for place, name in enumerate(SCRIPTS):
-        for module in set(imported_modules(ROOT / f"{name}.py")) & set(SCRIPTS):
-            assert SCRIPTS.index(module) < place, f"{name}.py imports {module}"
-    for path in (ROOT / "support").glob("*.py"):
-        assert not set(imported_modules(path)) & set(SCRIPTS), path
