@@ -1,3 +1,5 @@
+"""benchmarks/ablation.py: trainings of several variants, their table and their faces."""
+
 import importlib
 import json
 import shutil
@@ -5,7 +7,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -14,8 +16,8 @@ import ablation
 import train
 
 
-def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, monkeypatch):
-    """Of two small trainings; an ablation that goes on does only what is left to do."""
+def test_table_and_faces_and_no_repeated_work(dataroot, tmp_path, weights, monkeypatch):
+    """Two small trainings. A second call does only the work that is left."""
     ran = []
 
     def in_this_process(script, flags, args, log):
@@ -23,7 +25,7 @@ def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, mon
         importlib.import_module(script.removesuffix(".py")).main([*map(str, flags)])
 
     monkeypatch.setattr(ablation, "python", in_this_process)
-    monkeypatch.setattr(train, "catch_signals", lambda world: [])  # which only a main thread may
+    monkeypatch.setattr(train, "catch_signals", lambda world: [])  # only the main thread of a process may
     monkeypatch.setitem(ablation.VARIANTS, "batch 4", "--batch-size 4")
     flags = ["--variants", "report", "batch 4", "--train-flags", "--ngf 4 --ndf 4 --nz 8", "--eval-every", "1"]
     flags += ["--eval-flags", f"--inception tf2015 --dims 64 --num 3 --no-floor --weights '{weights}'"]
@@ -50,16 +52,16 @@ def test_table_and_faces_and_nothing_made_twice(dataroot, tmp_path, weights, mon
 
     ran.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(ablation, "judge", lambda *_: pytest.fail("D is asked again"))
+        patch.setattr(ablation, "judge", lambda *_: pytest.fail("judge() runs a second time"))
         ablation.main([*flags, "--epochs", "1"])
-    assert ran == ["train.py"] * 2  # which finds nothing to do
+    assert ran == ["train.py"] * 2  # both have nothing left to train
     ablation.main([*flags, "--epochs", "2"])
     assert ran[2:] == ["train.py", "evaluate.py", "evaluate.py"] * 2
     assert int(last_row()[2]) == 2 * (len(list((dataroot / "64" / "train").iterdir())) // 4 * 4)
 
 
 @pytest.mark.parametrize("recipe", ["report", "best"])
-def test_judge_tells_photos_apart_by_their_pixels_alone(dataroot, tmp_path, recipe):
+def test_the_verdict_of_d_depends_only_on_the_pixels(dataroot, tmp_path, recipe):
     known, others = tmp_path / "known", tmp_path / "others"
     for root, split in ((known, "train"), (others, "test")):
         shutil.copytree(dataroot / "64" / "train", root / "64" / "train")
@@ -71,7 +73,7 @@ def test_judge_tells_photos_apart_by_their_pixels_alone(dataroot, tmp_path, reci
     assert same["fakes"] == different["fakes"] != same["train"]
 
 
-def test_a_variant_that_fails_is_told(dataroot, tmp_path, monkeypatch):
+def test_a_failing_variant_is_named_in_the_error(dataroot, tmp_path, monkeypatch):
     monkeypatch.setitem(ablation.VARIANTS, "report", "--batch-size 4000")
     with pytest.raises(SystemExit, match="train.py .* failed; see .*stdout.txt"):
         ablation.main(["--variants", "report", "--dataroot", str(dataroot), "--outdir", str(tmp_path)])

@@ -1,9 +1,11 @@
+"""Inception-v3 features: support/inception.py."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_inception
+from helpers import fid, random_inception
 from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
@@ -11,18 +13,16 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 import network
 from support import inception
 
-REAL_WEIGHTS = ROOT.parent / "shared" / "weights" / "inception_2015-12-05_half.pth"
-
 
 def close(a, b):
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max())
 
 
 def test_torchvision_features_are_those_before_the_last_layer(tmp_path):
-    """By torchvision's own recipe: ImageNet's mean and deviation, which transform_input undoes."""
+    """The reference is torchvision's recipe: ImageNet's mean and deviation, which transform_input reverts."""
     net = random_inception(tf2015=False)
     torch.save(net.state_dict(), tmp_path / "w.pth")
-    features, facts = inception.load_inception("torchvision", 2048, tmp_path / "w.pth")
+    features, metadata = inception.load_inception("torchvision", 2048, tmp_path / "w.pth")
     net.fc = net.dropout = nn.Identity()
     net.transform_input = True
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -31,11 +31,11 @@ def test_torchvision_features_are_those_before_the_last_layer(tmp_path):
     with torch.no_grad():
         expected = net((x - mean) / deviation)
     assert close(features(images), expected)
-    assert facts["resize"] == "bilinear" and len(facts["weights_sha256"]) == 64
+    assert metadata["resize"] == "bilinear" and len(metadata["weights_sha256"]) == 64
 
 
 @pytest.mark.parametrize("dims", [64, 192, 768, 2048])
-def test_dims(weights, dims):
+def test_dims_is_the_length_of_the_features(weights, dims):
     features, _ = inception.load_inception("tf2015", dims, weights)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     out = features(images)
@@ -44,7 +44,7 @@ def test_dims(weights, dims):
 
 
 def test_tensorflow_pooling(weights):
-    """Padding counts in torchvision's averages and not in those of 2015, whose last block takes the maximum."""
+    """torchvision averages over the padding. The 2015 graph does not, and its last block takes the maximum."""
     blocks, x, y = {}, torch.rand(1, 192, 9, 9), torch.rand(1, 2048, 4, 4)
     network_of = {"torchvision": 1000, "tf2015": 1008}
     state = torch.load(weights, weights_only=True)
@@ -71,14 +71,14 @@ def resized(images, resize):
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 299, 400])
-def test_bilinear_is_pytorchs(size):
+def test_bilinear_equals_pytorch(size):
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     expected = interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
     assert (resized(images, "bilinear") - expected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 299, 400])
-def test_clean_is_pillows_channel_by_channel(size):
+def test_clean_equals_pillow_channel_by_channel(size):
     image = np.random.default_rng(0).integers(0, 256, (3, size, size), dtype=np.uint8)
     expected = [
         np.asarray(Image.fromarray(channel.astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC))
@@ -88,8 +88,8 @@ def test_clean_is_pillows_channel_by_channel(size):
     assert abs(ours - np.stack(expected).clip(0, 255)).max() < 1e-3
 
 
-def test_tf_puts_corner_on_corner():
-    """Pixel i of the output lies at i * size / 299, and beyond the last pixel there is only the last."""
+def test_tf_aligns_the_top_left_corners():
+    """Pixel i of the output lies at i * size / 299. The last pixel repeats beyond the edge."""
     images = torch.randint(0, 256, (1, 3, 10, 10), dtype=torch.uint8)
     ours = resized(images, "tf")[0]
     for i, j in ((0, 0), (1, 7), (150, 298), (298, 298)):
@@ -102,7 +102,7 @@ def test_tf_puts_corner_on_corner():
         assert torch.allclose(ours[:, i, j], expected, atol=1e-2)
 
 
-def test_the_graph_of_2015_has_its_own_zero(weights, tmp_path):
+def test_the_2015_graph_centers_pixels_at_128(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     torch.save(state | {"fc.bias": torch.zeros(1000)}, tmp_path / "torchvision.pth")
     centres = {
@@ -114,18 +114,19 @@ def test_the_graph_of_2015_has_its_own_zero(weights, tmp_path):
     assert centres["tf2015", "tf"] == centres["tf2015", "clean"] == 128
 
 
-def test_bf16_is_near(weights):
+def test_bf16_is_close_to_fp32(weights):
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    exact, (rounded, facts) = (inception.load_inception("tf2015", 64, weights, precision=p) for p in ("fp32", "bf16"))
-    a, b = exact[0](images), rounded(images)
-    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.05 * a.abs().max() and facts["dtype"] == "bf16"
+    fp32, _ = inception.load_inception("tf2015", 64, weights, precision="fp32")
+    bf16, metadata = inception.load_inception("tf2015", 64, weights, precision="bf16")
+    a, b = fp32(images), bf16(images)
+    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.05 * a.abs().max() and metadata["dtype"] == "bf16"
 
 
 # ---------------------------------------------------------------------------------------------- weights files
 
 
 def test_half_and_double_precision_files(weights, tmp_path):
-    """Like the shared file: kernels in half precision, no fc.weight, no step counters."""
+    """The file in FAKEFACEGEN_SHARED has this form: half precision, no fc.weight, no step counters."""
     state = torch.load(weights, weights_only=True)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     expected = inception.load_inception("tf2015", 64, weights)[0](images)
@@ -136,11 +137,9 @@ def test_half_and_double_precision_files(weights, tmp_path):
         assert torch.allclose(out, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
 
 
-@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason=f"the real weights are not in {REAL_WEIGHTS.parent}")
-def test_real_weights_tell_faces_from_noise(dataroot):
-    from test_metrics import fid
-
-    features, _ = inception.load_inception("tf2015", 192, REAL_WEIGHTS)
+def test_real_weights_distinguish_faces_from_noise(dataroot, shared):
+    path = shared / "weights" / "inception_2015-12-05_half.pth"
+    features, _ = inception.load_inception("tf2015", 192, path)
     paths = sorted((dataroot / "64" / "train").iterdir())[:24]
     faces = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
     noise = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)
@@ -148,7 +147,7 @@ def test_real_weights_tell_faces_from_noise(dataroot):
     assert near < far / 10
 
 
-def test_weights_that_are_no_inception(tmp_path, weights):
+def test_files_without_inception_weights_are_refused(tmp_path, weights):
     def refused(path, words, name="tf2015"):
         with pytest.raises(SystemExit, match=words):
             inception.load_inception(name, 64, path)
@@ -174,7 +173,7 @@ def test_weights_that_are_no_inception(tmp_path, weights):
         refused(tmp_path / "bad.pth", f"bad.pth.*{words}")
 
 
-def test_a_pickle_is_never_run(tmp_path):
+def test_a_pickle_is_never_executed(tmp_path):
     class Bomb:
         def __reduce__(self):
             return Path.touch, (tmp_path / "exploded",)
@@ -185,7 +184,7 @@ def test_a_pickle_is_never_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_download_is_hashed_and_its_failure_explained(tmp_path, weights, monkeypatch):
+def test_a_download_is_hashed_and_a_failure_is_explained(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     digest = inception.hash_file(weights)
     served = tmp_path / f"inception-{digest[:8]}.pth"
@@ -194,7 +193,7 @@ def test_download_is_hashed_and_its_failure_explained(tmp_path, weights, monkeyp
     path = inception.find_weights("tf2015")
     assert path.parent == tmp_path / "hub" / "checkpoints" and inception.hash_file(path) == digest
     served.unlink()
-    assert inception.find_weights("tf2015") == path  # from the cache: nothing is asked for a second time
+    assert inception.find_weights("tf2015") == path  # from the cache, without a second download
     for name in ("missing-00000000.pth", "wrong-00000000.pth"):
         (tmp_path / "wrong-00000000.pth").write_bytes(b"something else")
         monkeypatch.setitem(inception.URLS, "tf2015", (tmp_path / name).as_uri())

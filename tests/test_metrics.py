@@ -1,19 +1,11 @@
+"""FID, KID, precision and recall of known distributions: support/metrics.py."""
+
 import numpy as np
 import pytest
 import torch
+from helpers import fid, moments
 
 from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
-
-
-def moments(features, chunk=100):
-    result = Moments()
-    for start in range(0, len(features), chunk):
-        result.add(torch.as_tensor(features[start : start + chunk]))
-    return result.mean_and_covariance()
-
-
-def fid(a, b):
-    return frechet_distance(*moments(a), *moments(b))
 
 
 @pytest.fixture
@@ -21,7 +13,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_closed_forms(rng):
+def test_fid_equals_closed_forms(rng):
     x = rng.normal(size=(500, 20)) @ rng.normal(size=(20, 20))
     shift = rng.normal(size=20)
     sigma = np.cov(x, rowvar=False)
@@ -35,7 +27,7 @@ def test_closed_forms(rng):
     assert frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(diagonal, rel=1e-9)
 
 
-def test_against_the_textbook_square_root(rng):
+def test_fid_equals_the_formula_with_the_matrix_square_root(rng):
     from scipy.linalg import sqrtm
 
     (mu1, s1), (mu2, s2) = moments(rng.normal(size=(400, 30))), moments(rng.normal(1, 2, size=(300, 30)))
@@ -44,7 +36,7 @@ def test_against_the_textbook_square_root(rng):
 
 
 def exact(a, b):
-    """FID without a covariance: of A^T A and B^T B, that trace is the sum of A B^T's singular values."""
+    """FID without covariances: the trace of the square root of (A^T A)(B^T B) is the sum of A B^T's singular values."""
     mu, (a0, b0) = a.mean(0) - b.mean(0), ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
     return (mu**2).sum() + (a0**2).sum() + (b0**2).sum() - 2 * np.linalg.svd(a0 @ b0.T, compute_uv=False).sum()
 
@@ -56,7 +48,7 @@ def test_rank_deficient_sets(rng, n, other):
     assert 0 <= fid(a, a) < 1e-4
 
 
-def test_sets_of_one_colour(rng):
+def test_sets_of_one_color(rng):
     flat = np.full((5, 64), 3.0)
     assert fid(flat, flat) == 0
     assert fid(flat, flat + 1) == pytest.approx(64)
@@ -64,13 +56,13 @@ def test_sets_of_one_colour(rng):
     assert fid(flat, faces) == pytest.approx(exact(flat, faces)) == fid(faces, flat)
 
 
-def test_never_negative(rng):
+def test_fid_is_never_negative(rng):
     for _ in range(20):
         x = rng.normal(1000, 1, size=(60, 32)).astype(np.float32)
         assert 0 <= fid(x, x[rng.permutation(60)]) < 1e-6
 
 
-def test_nan_and_too_few_are_errors_that_say_why():
+def test_nan_and_too_few_images_are_refused_with_the_reason():
     with pytest.raises(SystemExit, match="NaN"):
         fid(np.full((4, 3), np.nan), np.zeros((4, 3)))
     with pytest.raises(SystemExit, match="NaN or infinite"):
@@ -89,7 +81,7 @@ def test_statistics_do_not_depend_on_chunks_or_order(rng):
         assert abs(again[0] - mu).max() < 1e-10 and abs(again[1] - sigma).max() < 1e-10
 
 
-def test_processes_put_their_sums_together(rng):
+def test_merged_moments_equal_those_of_all_features(rng):
     x = torch.from_numpy(rng.normal(1000, 1, size=(300, 16)))
     merged = Moments()
     for part in (x[:0], x[:100], x[100:101], x[101:]):
@@ -99,14 +91,14 @@ def test_processes_put_their_sums_together(rng):
 
 
 def test_a_million_nearly_equal_features(rng):
-    """Around 1000 a float32 has steps of 6e-5: sums of squares in float32, or not centred, lose all of it."""
+    """Near 1000, float32 has a resolution of 6e-5: float32 or uncentered sums of squares lose the covariance."""
     x = (1000 + rng.normal(0, 1e-2, size=(1_000_000, 4))).astype(np.float32)
     mu, sigma = moments(x, 50_000)
     np.testing.assert_allclose(sigma, np.cov(x.astype(float), rowvar=False), rtol=1e-6, atol=1e-12)
 
 
 def test_kid_is_the_unbiased_estimate(rng):
-    """Against the double sum written out; subsets of all images are all alike."""
+    """The double sum gives the same estimate. Subsets that hold all images have no deviation."""
     x, y = rng.normal(size=(12, 5)), rng.normal(0.5, 1, size=(12, 5))
     k = {}
     for name, a, b in (("xx", x, x), ("yy", y, y), ("xy", x, y)):
@@ -120,17 +112,17 @@ def test_kid_is_the_unbiased_estimate(rng):
 
 
 def test_precision_and_recall():
-    real = torch.arange(20.0)[:, None]  # on a line: from each the third neighbour is 2 or 3 away
+    real = torch.arange(20.0)[:, None]  # on a line: the third neighbour is at distance 2 or 3
     assert precision_and_recall(real, real) == (1, 1)
     assert precision_and_recall(real + 1000, real) == (0, 0)
-    collapsed = torch.full((20, 1), 10.0)  # one face again and again: all of it real, hardly anything of the real
+    collapsed = torch.full((20, 1), 10.0)  # one face 20 times: full precision, low recall
     assert precision_and_recall(collapsed, real) == (1, 1 / 20)
     half = torch.cat([real[:10], real[:10] + 1000])
     precision, recall = precision_and_recall(half, real)
     assert precision == 0.5 and recall >= 0.5
 
 
-def test_infinity_takes_the_bias_of_few_images_away(rng):
+def test_extrapolation_to_infinity_removes_the_bias_of_small_sets(rng):
     a = rng.normal(size=(64, 64)) * np.geomspace(1, 0.05, 64)
     sigma, mu = a.T @ a / 64, np.zeros(64)
     root = np.linalg.cholesky(sigma)
@@ -144,7 +136,7 @@ def test_infinity_takes_the_bias_of_few_images_away(rng):
         fid_at_infinity(fake[:127], mu, sigma)
 
 
-def test_nearest():
+def test_nearest_neighbours():
     others = torch.tensor([[0.0], [10.0], [3.0], [4.0]])
     assert nearest(torch.tensor([[3.4], [-5.0]]), others, 3).tolist() == [[2, 3, 0], [0, 2, 3]]
     assert nearest(torch.tensor([[3.4]]), others, 9).shape == (1, 4)
