@@ -24,7 +24,8 @@ from helpers import skips
 from PIL import ExifTags, Image
 
 import preprocess
-from support.cli import Formatter, natural
+from support.cli import HelpFormatter, int_at_least, run
+from support.files import UserError
 from support.photos import crop_name
 
 SIZE = 32
@@ -123,22 +124,22 @@ def memory() -> float:
 
 def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, seconds: dict[str, float]) -> Counter:
     """Preprocess the files in `folder`/src and check each; count (what, 'crop' or 'skip' or what is wrong)."""
-    data, process = folder / "data", preprocess.process
+    data, make_crops = folder / "data", preprocess.make_crops
     flags = ["--dataroot", str(data), "--sizes", str(SIZE), "--workers", str(workers)]
 
     def timed(args, photo):
         start = time.perf_counter()
         try:
-            return process(args, photo)
+            return make_crops(args, photo)
         finally:
             seconds[photo.key] = time.perf_counter() - start
 
-    preprocess.process = process if workers > 1 else timed
+    preprocess.make_crops = make_crops if workers > 1 else timed
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             preprocess.main([str(folder / "src"), *flags])
     finally:
-        preprocess.process = process
+        preprocess.make_crops = make_crops
     assert sorted(path.name for path in folder.iterdir()) == ["data", "src"], "a write outside --dataroot"
     assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png"}, "a write into SRC"
     assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write outside the folder of crops"
@@ -195,20 +196,20 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--count", type=natural(1), default=2000, help="files")
-    parser.add_argument("--seed", type=natural(0), default=0, help="seed of the files")
-    parser.add_argument("--workers", type=natural(0), default=0, help="processes; 0 measures the time of every file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--count", type=int_at_least(1), default=2000, help="files")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the files")
+    parser.add_argument("--workers", type=int_at_least(0), default=0, help="processes; 0 times every file")
     parser.add_argument("--folder", type=Path, help="new folder to work in instead of a temporary one")
     args = parser.parse_args(argv)
     faulthandler.enable()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     if args.folder and args.folder.exists():
-        raise SystemExit(f"error: --folder {args.folder} exists; name a new one, because the folder is emptied")
+        raise UserError(f"--folder {args.folder} exists; name a new one, because the folder is emptied")
     try:
         result = fuzz(args.count, args.seed, folder, args.workers, progress=True)
     except AssertionError as error:
-        raise SystemExit(f"error: {error}; the files are in {folder}") from None
+        raise UserError(f"{error}; the files are in {folder}") from None
     print(f"\n{'kind':8}{'mutation':16}{'crops':>9}{'skips':>9}")
     for what in sorted({what for what, _ in result["counts"]}):
         print(f"{what[0]:8}{what[1]:16}{result['counts'][what, 'crop']:9,}{result['counts'][what, 'skip']:9,}")
@@ -219,4 +220,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

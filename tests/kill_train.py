@@ -23,7 +23,8 @@ from pathlib import Path
 from helpers import assert_same_training, child_processes, start, wait_for
 
 import preprocess
-from support.cli import Formatter, natural
+from support.cli import HelpFormatter, int_at_least, run
+from support.files import UserError
 
 
 def stamp(outdir: Path) -> int:
@@ -85,13 +86,13 @@ def kill(folder: Path, kills: int, flags: list, processes: int = 1, number: int 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--kills", type=natural(1), default=30, help="number of kills")
-    parser.add_argument("--epochs", type=natural(1), default=150, help="epochs of 5 steps")
-    parser.add_argument("--processes", type=natural(1), default=1, help="processes of torchrun")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--kills", type=int_at_least(1), default=30, help="number of kills")
+    parser.add_argument("--epochs", type=int_at_least(1), default=150, help="epochs of 5 steps")
+    parser.add_argument("--processes", type=int_at_least(1), default=1, help="processes of torchrun")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
-    parser.add_argument("--seed", type=natural(0), default=0, help="seed of the moments")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the moments")
     args = parser.parse_args(argv)
     folder, begin = Path(tempfile.mkdtemp(prefix="kill-")), time.perf_counter()
     number = getattr(signal, f"SIG{args.signal}")
@@ -99,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
         flags = ["--epochs", args.epochs, "--precision", args.precision]
         torn = kill(folder, args.kills, flags, args.processes, number, args.seed)
     except AssertionError as error:
-        raise SystemExit(f"error: {error}; the trainings are in {folder}") from None
+        raise UserError(f"{error}; the trainings are in {folder}") from None
     print(f"{args.kills} times SIG{args.signal}, {args.processes} process(es), {args.precision}: the same bits; "
           f"{torn} kills left a half-written file; {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation
 
 import train
+from support import distributed
+from support.files import UserError
 
 
 def test_table_and_faces_and_no_repeated_work(dataroot, tmp_path, weights, monkeypatch):
@@ -25,7 +27,7 @@ def test_table_and_faces_and_no_repeated_work(dataroot, tmp_path, weights, monke
         importlib.import_module(script.removesuffix(".py")).main([*map(str, flags)])
 
     monkeypatch.setattr(ablation, "python", in_this_process)
-    monkeypatch.setattr(train, "catch_signals", lambda world: [])  # only the main thread of a process may
+    monkeypatch.setattr(distributed, "catch_signals", list)  # only the main thread of a process may
     monkeypatch.setitem(ablation.VARIANTS, "batch 4", "--batch-size 4")
     flags = ["--variants", "report", "batch 4", "--train-flags", "--ngf 4 --ndf 4 --nz 8", "--eval-every", "1"]
     flags += ["--eval-flags", f"--inception tf2015 --dims 64 --num 3 --no-floor --weights '{weights}'"]
@@ -75,5 +77,5 @@ def test_the_verdict_of_d_depends_only_on_the_pixels(dataroot, tmp_path, recipe)
 
 def test_a_failing_variant_is_named_in_the_error(dataroot, tmp_path, monkeypatch):
     monkeypatch.setitem(ablation.VARIANTS, "report", "--batch-size 4000")
-    with pytest.raises(SystemExit, match="train.py .* failed; see .*stdout.txt"):
+    with pytest.raises(UserError, match="train.py .* failed; see .*stdout.txt"):
         ablation.main(["--variants", "report", "--dataroot", str(dataroot), "--outdir", str(tmp_path)])

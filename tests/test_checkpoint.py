@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, assert_same_training, load, run_training, small_args
+from helpers import SMALL, assert_same_training, load, run_training
 
 import train
-from support import checkpoint
+from support.checkpoint import open_outdir
+from support.files import UserError
+from support.training_log import continue_log, read_log
 
 
 class Bomb:
@@ -37,9 +39,9 @@ def test_bad_checkpoints_are_refused(dataroot, tmp_path, monkeypatch, trained, n
     (tmp_path / "run" / "checkpoint_previous.pt").unlink()
     content = load(trained / "checkpoint.pt")
     torch.save(content | {name: value}, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=words) as stop:
+    with pytest.raises(UserError, match=words) as stop:
         run_training(dataroot, "run", "--epochs", 3, "--resume")
-    assert str(stop.value).startswith("error: run/checkpoint.pt") and "\n" not in str(stop.value)
+    assert str(stop.value).startswith("run/checkpoint.pt") and "\n" not in str(stop.value)
     assert not Path("boom").exists()
 
 
@@ -53,7 +55,7 @@ def test_moments_and_weights_of_a_checkpoint_are_checked(dataroot, tmp_path, tra
         content = load(trained / "checkpoint.pt")
         change(content)
         torch.save(content, tmp_path / words / "checkpoint.pt")
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(UserError, match=words):
             run_training(dataroot, tmp_path / words, "--epochs", 3, "--resume")
 
 
@@ -69,9 +71,9 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(dataroot, tmp_path, c
 def test_the_log_loses_the_rows_after_the_checkpoint(tmp_path):
     rows = [json.dumps({"step": step}) for step in (20, 40, 60)]
     (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 7']))
-    with checkpoint.continue_log(tmp_path, 45) as log:
+    with continue_log(tmp_path / "log.jsonl", 45) as log:
         log.write('{"step": 60}\n')
-    assert [row["step"] for row in checkpoint.read_log(tmp_path / "log.jsonl", 99)] == [20, 40, 60]
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl", 99)] == [20, 40, 60]
 
 
 def test_no_checkpoint_is_written_after_a_loss_is_nan(dataroot, tmp_path, trained, monkeypatch):
@@ -85,12 +87,12 @@ def test_no_checkpoint_is_written_after_a_loss_is_nan(dataroot, tmp_path, traine
 
     monkeypatch.setattr(train, "train_step", diverge)
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit, match="near step 11: .*last good checkpoint is .*checkpoint.pt"):
+    with pytest.raises(UserError, match="near step 11: .*last good checkpoint is .*checkpoint.pt"):
         run_training(dataroot, tmp_path / "run", "--epochs", 3, "--checkpoint-every", 1, "--resume")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
 
 
 def test_two_trainings_in_one_folder_at_the_same_time(dataroot, tmp_path, run_script, refused):
-    lock = checkpoint.open_outdir(small_args("--outdir", str(tmp_path / "run")))
+    lock = open_outdir(tmp_path / "run", resume=False)
     refused(run_script("train.py", *SMALL, "--dataroot", dataroot, "--outdir", tmp_path / "run"), "another training")
     lock.close()

@@ -5,6 +5,8 @@ import pytest
 from helpers import crop_of, gradient
 from PIL import ExifTags, Image
 
+from support.files import UserError
+
 
 def test_centered_square_and_resize(tmp_path, convert):
     gradient(128, 168).save(tmp_path / "src" / "a.png")
@@ -22,13 +24,13 @@ def test_crop_flag(tmp_path, convert):
 
 def test_a_different_crop_flag_is_refused_when_crops_exist(tmp_path, convert):
     gradient().save(tmp_path / "src" / "a.png")
-    with pytest.raises(SystemExit, match="gave no crop"):
+    with pytest.raises(UserError, match="gave no crop"):
         convert("--crop", "200")  # larger than the photo: no crop exists yet, so a different --crop may follow
     (tmp_path / "out" / "64" / "train" / ".0123456789.tmp").touch()  # a half-written file does not count as a crop
     before = crop_of(convert("--crop", "64"), "a")
     gradient(128, 128).save(tmp_path / "src" / "b.png")
     for flags, now in (((), "no --crop"), (("--crop", "70"), "--crop 70")):
-        with pytest.raises(SystemExit, match=f"64 were made with --crop 64, now it is {now}; give the same"):
+        with pytest.raises(UserError, match=f"64 were made with --crop 64, now it is {now}; give the same"):
             convert(*flags)
     assert not list((tmp_path / "out").rglob("b.png"))
     convert("--sizes", "32")  # no crops of this size exist yet

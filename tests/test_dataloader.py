@@ -7,6 +7,7 @@ from PIL import Image
 
 import dataloader
 from dataloader import DataGenerater, find_images, make_loader, to_float, to_uint8
+from support.files import UserError
 
 
 def test_pixel_convention_in_both_directions():
@@ -59,14 +60,14 @@ def test_decoding_into_memory_keeps_the_order(dataroot, monkeypatch, chunk):
 
 
 def test_missing_and_damaged_images_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="preprocess.py"):
+    with pytest.raises(UserError, match="preprocess.py"):
         find_images(tmp_path / "none")
-    with pytest.raises(SystemExit, match="no images"):
+    with pytest.raises(UserError, match="no images"):
         find_images(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
-    with pytest.raises(SystemExit, match="b.png is 8x9"):
+    with pytest.raises(UserError, match="b.png is 8x9"):
         DataGenerater(tmp_path, None)[1]
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    with pytest.raises(SystemExit, match="b.png cannot be read"):
+    with pytest.raises(UserError, match="b.png cannot be read"):
         DataGenerater(tmp_path, 8, in_memory=True)

@@ -11,6 +11,8 @@ from PIL import Image
 
 import evaluate
 import network
+from support import statistics
+from support.files import UserError
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_folders_cache_json_and_statistics_files(run, dataroot, tmp_path, monkey
     assert {"kid", "kid_std", "precision", "recall", "n_floor", "versions"} <= result.keys()
     assert "fewer than 2,048" in out.err and "biases differ" in out.err
     assert "FID-64 " in out.out and "resize tf" in out.out and result["weights_sha256"][:16] in out.out
-    monkeypatch.setattr(evaluate, "measure", None)  # the cache replaces every second measurement
+    monkeypatch.setattr(statistics, "measure", None)  # the cache replaces every second measurement
     assert run("--images", train).out == out.out
     assert run("--images", train, "--real", tmp_path / "s.npz").out.splitlines()[-1] == last
     assert run("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out.endswith("0.0000\n")
@@ -77,7 +79,7 @@ def test_changed_data_is_measured_again(run, dataroot, tmp_path, monkeypatch):
 def test_a_generator_is_evaluated_without_files_of_faces(run, generator, tmp_path):
     flags = ("--params", generator, "--num", 6, "--no-floor")
     out = run(*flags).out
-    assert "6 generated" in out and "64x64" in out and "floor" not in out
+    assert "6 generated" in out and "64x64" in out and "training images" not in out
     for size in (1, 4):
         batched = run(*flags, "--batch-size", size).out
         assert abs(float(batched.split()[-1]) - float(out.split()[-1])) < 2e-3
@@ -92,9 +94,18 @@ def test_repeats_infinity_and_neighbours(run, generator, dataroot, tmp_path):
     assert result["fid"] == pytest.approx(np.mean(result["fids"])) and len(set(result["fids"])) == 2
     assert result["fid_95"][0] < min(result["fids"]) and max(result["fids"]) < result["fid_95"][1]
     assert result["fid_infinity"] < result["fid"] and result["n_floor"] < 128
-    assert "mean of 2 draws" in out and "infinitely many" in out and "floor" in out
+    assert "mean of 2 draws" in out and "infinitely many" in out and "real training images" in out
     with Image.open(picture) as grid:
         assert grid.size == (2 + 8 * 66, 2 + 8 * 66)
+
+
+def test_infinity_is_refused_before_the_measurement(run, generator, dataroot, monkeypatch):
+    """As soon as the number of generated images is known: 127 faces, or the few of a folder."""
+    run("--images", dataroot / "64" / "train", "--no-floor")  # the cache holds the real images from here on
+    monkeypatch.setattr(statistics, "measure", None)
+    for flags in (("--params", generator, "--num", 127), ("--images", dataroot / "64" / "train")):
+        with pytest.raises(UserError, match="--infinity needs 128 generated images at --dims 64, not"):
+            run(*flags, "--infinity")
 
 
 def test_a_memorized_face_is_its_nearest_neighbour(run, dataroot, tmp_path):
@@ -107,16 +118,16 @@ def test_a_memorized_face_is_its_nearest_neighbour(run, dataroot, tmp_path):
 
 
 def test_incomparable_statistics_are_refused(run, dataroot, tmp_path):
-    with pytest.raises(SystemExit, match="resolution is 128"):
+    with pytest.raises(UserError, match="resolution is 128"):
         run("--images", dataroot / "64" / "train", "--real", dataroot / "128" / "test")
     for field, value in (("resize", "clean"), ("network", "torchvision"), ("dtype", "bf16"), ("version", 1)):
         np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), **{field: value})
-        with pytest.raises(SystemExit, match=f"{field} is {value} in .*other.npz"):
+        with pytest.raises(UserError, match=f"{field} is {value} in .*other.npz"):
             run("--images", dataroot / "64" / "train", "--real", tmp_path / "other.npz")
     np.savez(tmp_path / "small.npz", mu=np.zeros(32), sigma=np.eye(32))
-    with pytest.raises(SystemExit, match="dims is 32"):
+    with pytest.raises(UserError, match="dims is 32"):
         run("--images", dataroot / "64" / "train", "--real", tmp_path / "small.npz")
-    with pytest.raises(SystemExit, match="dims is 32"):
+    with pytest.raises(UserError, match="dims is 32"):
         run("--images", tmp_path / "small.npz", "--real", tmp_path / "other.npz")
 
 

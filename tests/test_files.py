@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_training, assert_whole_pngs, run_python, run_training
 
-from support.files import atomic_write
+from support.files import UserError, atomic_write
 
 
 def remount(disk, access):
@@ -22,7 +22,7 @@ def test_atomic_write_leaves_nothing_half_written(tmp_path):
         raise RuntimeError
     assert (tmp_path / "file").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(SystemExit, match="cannot write"), atomic_write(tmp_path / "no" / "file"):
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "no" / "file"):
         pass
 
 
@@ -30,7 +30,7 @@ def test_atomic_write_to_a_name_of_255_bytes(tmp_path):
     with atomic_write(tmp_path / ("n" * 255), durable=True) as file:
         file.write(b"whole")
     assert (tmp_path / ("n" * 255)).read_bytes() == b"whole"
-    with pytest.raises(SystemExit, match="name too long"), atomic_write(tmp_path / ("n" * 256)):
+    with pytest.raises(UserError, match="name too long"), atomic_write(tmp_path / ("n" * 256)):
         pass
 
 
@@ -38,7 +38,7 @@ def test_atomic_write_explains_the_error_of_torch_save_on_a_full_disk(small_disk
     """torch.save raises a RuntimeError there."""
     (small_disk / "params").write_bytes(b"before")
     with (
-        pytest.raises(SystemExit, match="No space left"),
+        pytest.raises(UserError, match="No space left"),
         atomic_write(small_disk / "params", durable=True) as file,
     ):
         torch.save(torch.zeros(2 * 10**6), file)

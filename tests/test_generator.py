@@ -10,6 +10,7 @@ from PIL import Image
 import generator
 import network
 import network_128
+from support.files import UserError
 from support.seeding import latents
 
 
@@ -118,5 +119,5 @@ def test_out_of_memory_error_names_the_flag_to_lower(params, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(netG, "forward", raise_out_of_memory)
-    with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
+    with pytest.raises(UserError, match="out of memory; lower --batch-size"):
         generator.draw(netG, latents([0], 16))

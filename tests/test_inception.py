@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 import network
 from support import inception
+from support.files import UserError
 
 
 def close(a, b):
@@ -149,7 +150,7 @@ def test_real_weights_distinguish_faces_from_noise(dataroot, shared):
 
 def test_files_without_inception_weights_are_refused(tmp_path, weights):
     def refused(path, words, name="tf2015"):
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(UserError, match=words):
             inception.load_inception(name, 64, path)
 
     torch.save(network.Generator(8, 4).state_dict(), tmp_path / "g.pth")
@@ -179,7 +180,7 @@ def test_a_pickle_is_never_executed(tmp_path):
             return Path.touch, (tmp_path / "exploded",)
 
     torch.save({"Conv2d_1a_3x3.conv.weight": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(SystemExit, match="bomb.pth"):
+    with pytest.raises(UserError, match="bomb.pth"):
         inception.load_inception("tf2015", 64, tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()
 
@@ -197,6 +198,6 @@ def test_a_download_is_hashed_and_a_failure_is_explained(tmp_path, weights, monk
     for name in ("missing-00000000.pth", "wrong-00000000.pth"):
         (tmp_path / "wrong-00000000.pth").write_bytes(b"something else")
         monkeypatch.setitem(inception.URLS, "tf2015", (tmp_path / name).as_uri())
-        with pytest.raises(SystemExit, match=f"{name}.*91 MB.*SHA-256 begins 00000000.*--weights"):
+        with pytest.raises(UserError, match=f"{name}.*91 MB.*SHA-256 begins 00000000.*--weights"):
             inception.find_weights("tf2015")
         assert not (tmp_path / "hub" / "checkpoints" / name).exists()

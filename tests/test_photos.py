@@ -13,6 +13,7 @@ from helpers import crop_of, gradient, jpeg, named, skips
 from PIL import Image
 
 import preprocess
+from support.files import UserError
 from support.photos import hash_split
 
 NOBODY = 65534  # the user ID without rights
@@ -101,7 +102,7 @@ def test_unreadable_permissions(tmp_path):
                 os.setuid(NOBODY)
             preprocess.main(["src", "--dataroot", "out", "--sizes", "64", "--workers", "0"])
             for closed in ("src/closed", "src/closed/deeper"):
-                with pytest.raises(SystemExit, match="cannot read SRC"):
+                with pytest.raises(UserError, match="cannot read SRC"):
                     preprocess.main([closed, "--dataroot", "out"])
             os._exit(0)
         except BaseException:
@@ -208,5 +209,5 @@ def test_a_different_partition_does_not_put_a_photo_into_both_splits(tmp_path, c
     for number in (0, 2):
         (tmp_path / f"{number}.txt").write_text(f"a.jpg {number}\n")
     convert("--partition", str(tmp_path / "0.txt"))
-    with pytest.raises(SystemExit, match="same --partition"):
+    with pytest.raises(UserError, match="same --partition"):
         convert("--partition", str(tmp_path / "2.txt"))

@@ -23,6 +23,7 @@ from helpers import (
 )
 
 import preprocess
+from support.files import UserError
 from support.photos import SPLITS
 
 
@@ -152,7 +153,7 @@ def test_paths_with_spaces_and_unicode_from_another_folder(tmp_path, run_script)
 def test_failed_download_names_the_files_and_their_folder(tmp_path, monkeypatch, capsys):
     datasets = pytest.importorskip("torchvision").datasets
     monkeypatch.setattr(datasets, "CelebA", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("quota\nexceeded")))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         preprocess.main(["--download", "--dataroot", str(tmp_path)])
     for words in ("img_align_celeba.zip", "list_eval_partition.txt", str(tmp_path / "celeba"), "python preprocess.py"):
         assert words in str(stop.value)

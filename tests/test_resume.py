@@ -9,6 +9,7 @@ from helpers import SMALL, assert_same_training, run_training, start, wait_for
 from kill_train import kill
 
 import train
+from support.files import UserError
 
 
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
@@ -40,7 +41,7 @@ def test_a_training_resumes_after_a_kill_in_the_first_epoch(dataroot, tmp_path, 
         killed()
 
     for name, death in (("train_step", killed), ("save_params", save_params_and_die)):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train, name, death)
             run_training(dataroot, tmp_path / name, "--epochs", 2)
         run_training(dataroot, tmp_path / name, "--epochs", 2, "--resume")
@@ -76,7 +77,7 @@ def test_resume_with_different_images_is_refused(dataroot, tmp_path, trained):
     shutil.copytree(dataroot, tmp_path / "data")
     one, other = sorted((tmp_path / "data" / "64" / "train").iterdir())[:2]
     shutil.copy(one, other)
-    with pytest.raises(SystemExit, match="training images are others"):
+    with pytest.raises(UserError, match="training images differ"):
         run_training(tmp_path / "data", tmp_path / "run", "--epochs", 3, "--resume")
 
 

@@ -10,7 +10,8 @@ from torch import nn
 import train
 from dataloader import DataGenerater, make_loader, to_float
 from support.augment import augment
-from support.seeding import augmentation, step_latents
+from support.ema import recalibrate_batchnorm
+from support.seeding import step_augmentations, step_latents
 
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -22,7 +23,7 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags):
     Both use float64: Adam divides by gradients near zero, which amplifies a different order of summation.
     """
     state = train.make_state(small_args(*flags), torch.device("cpu"))
-    for net in (state.netG, state.netD, state.average):
+    for net in (state.netG, state.netD, state.netG_ema):
         net.double()
     netG = copy.deepcopy(state.netG).to(memory_format=torch.contiguous_format)
     netD = copy.deepcopy(state.netD).to(memory_format=torch.contiguous_format)
@@ -32,8 +33,9 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags):
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
         z = step_latents(0, step, 8, 8).double()
-        u = augmentation(small_args(), step).double() if flags else [None] * 3
-        train.train_step(state, real.contiguous(memory_format=torch.channels_last), z, EAGER, 0.999, u)
+        u = step_augmentations(0, step, 8).double() if flags else [None] * 3
+        inputs = (real.contiguous(memory_format=torch.channels_last), z, u)
+        train.train_step(state, EAGER, 0.999, *inputs[: 3 if flags else 2])
 
         netD.zero_grad()
         errD_real = criterion(netD(augment(real, u[0])), torch.ones(8, 1, 1, 1))
@@ -61,7 +63,7 @@ def test_compiled_steps_equal_eager_steps(monkeypatch):
     for step in range(3):
         real = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(step)) * 2 - 1
         for state in states:
-            train.train_step(state, real, step_latents(0, step, 8, 8), EAGER, 0.999)
+            train.train_step(state, EAGER, 0.999, real, step_latents(0, step, 8, 8))
     assert states[0].totals.tolist() == pytest.approx(states[1].totals.tolist(), rel=1e-5)
     for eager, compiled in zip(states[0].netG.parameters(), states[1].netG.parameters()):
         assert (eager - compiled).abs().max() < 1e-5
@@ -86,7 +88,7 @@ def test_losses_by_hand():
     state.netD = Constant()
     state.optD = torch.optim.SGD(state.netD.parameters(), 1.0)
     logit = torch.tensor(1 / 3).log().item()
-    train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8), EAGER, 0)
+    train.train_step(state, EAGER, 0, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8))
     after = torch.sigmoid(torch.tensor(logit - ((0.25 - 1) + 0.25)))  # d/dlogit of both losses
     expected = [torch.tensor([0.25, 0.75]).log().neg().sum().item(), after.log().neg().item(), 0.25, 0.25]
     assert state.totals.tolist() == pytest.approx(expected, rel=1e-4)
@@ -98,7 +100,7 @@ def test_a_step_of_one_network_leaves_the_other_unchanged(frozen, moving, lr):
     getattr(state, lr).param_groups[0]["lr"] = 0.0  # the gradients are still computed
     before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("netG", "netD")}
     real = torch.rand(8, 3, 64, 64) * 2 - 1
-    train.train_step(state, real, step_latents(0, 0, 8, 8), EAGER, 0.999)
+    train.train_step(state, EAGER, 0.999, real, step_latents(0, 0, 8, 8))
     same = {
         name: [torch.equal(a, b) for a, b in zip(before[name], getattr(state, name).parameters())] for name in before
     }
@@ -111,10 +113,10 @@ def test_ema_warms_up_and_does_not_change_training():
     for ema in (0, 0.999):
         state = train.make_state(args, torch.device("cpu"))
         for step in range(3):
-            train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8), EAGER, ema)
+            train.train_step(state, EAGER, ema, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8))
         runs[ema] = state
     assert_equal(runs[0].netG.state_dict(), runs[0.999].netG.state_dict())
-    raw, ema, no_ema = (list(n.parameters()) for n in (runs[0].netG, runs[0.999].average, runs[0].average))
+    raw, ema, no_ema = (list(n.parameters()) for n in (runs[0].netG, runs[0.999].netG_ema, runs[0].netG_ema))
     assert not any(map(torch.equal, ema, raw))
     assert all(map(torch.equal, no_ema, raw))  # --ema 0: the raw weights
 
@@ -124,12 +126,12 @@ def test_ema_has_recalibrated_batchnorm_statistics():
     args = small_args("--ema", "0.5")
     state = train.make_state(args, torch.device("cpu"))
     for step in range(3):
-        train.train_step(state, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8), EAGER, args.ema)
+        train.train_step(state, EAGER, args.ema, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8))
     before = copy.deepcopy(state.netG.state_dict())
-    train.estimate_statistics(state, args, torch.device("cpu"), EAGER)
+    recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, torch.device("cpu"))
     assert_equal(before, state.netG.state_dict())
-    assert not state.average.training
-    first, norm = state.average.main[0], state.average.main[1]
+    assert not state.netG_ema.training
+    first, norm = state.netG_ema.main[0], state.netG_ema.main[1]
     expected = first.weight.square().sum(0).mean((1, 2))
     assert norm.running_var.tolist() == pytest.approx(expected.tolist(), rel=0.1)
     assert (norm.running_mean / norm.running_var.sqrt()).abs().max() < 0.1
@@ -144,7 +146,7 @@ def test_bf16_tracks_fp32(dataroot):
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
         for step in range(200):
             real = to_float(next(iter(make_loader(dataset, 8, 0, step))))
-            train.train_step(state, real, step_latents(0, step, 8, 8), autocast, 0.999)
+            train.train_step(state, autocast, 0.999, real, step_latents(0, step, 8, 8))
             if state.step % 50 == 0:
                 means[enabled].append(state.totals / 50)
                 state.totals = torch.zeros(4)

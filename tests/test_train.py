@@ -10,6 +10,8 @@ from helpers import PROGRAMS, ROOT, SMALL, assert_equal, load, log_rows, run_pyt
 from PIL import Image
 
 import train
+from support.files import UserError
+from support.training_log import Throughput, log_row
 
 
 def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
@@ -53,7 +55,7 @@ def test_fid_is_measured_and_the_best_ema_weights_are_kept(dataroot, tmp_path, w
         assert_equal(load(tmp_path / "run" / name), load(tmp_path / reference / "generator.params"))
     with Image.open(tmp_path / "run" / "fid.png") as picture:
         assert picture.size == (900, 420)
-    with pytest.raises(SystemExit, match="--weights nowhere does not exist"):
+    with pytest.raises(UserError, match="--weights nowhere does not exist"):
         run_training(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
 
 
@@ -68,9 +70,9 @@ def test_images_from_files_give_the_same_weights_as_images_in_memory(dataroot, t
     damaged = sorted((tmp_path / "data" / "64" / "train").iterdir())[7]
     damaged.write_bytes(damaged.read_bytes()[:100])
     for workers in (0, 1):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(UserError) as stop:
             run_training(tmp_path / "data", tmp_path / f"damaged {workers}", "--workers", workers)
-        assert f"error: {damaged} cannot be read" in str(stop.value) and "\n" not in str(stop.value)
+        assert f"{damaged} cannot be read" in str(stop.value) and "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
@@ -90,7 +92,7 @@ def test_a_warning_when_the_discriminator_has_won(tmp_path, capsys):
         state.step += 20
         state.totals.copy_(20 * torch.tensor([loss_d, 5, 0.9, 0.1]))
         with (tmp_path / "log.jsonl").open("a") as log:
-            row = train.log_row(state, args, 1, 20, [0, 0.0], log)
+            row = log_row(state, args, 1, 20, Throughput(0), log)
         assert row["loss_d"] == pytest.approx(loss_d) and ("D has won" in capsys.readouterr().err) == has_won
 
 
@@ -104,5 +106,5 @@ def test_out_of_memory_error_names_the_flag_to_lower(dataroot, tmp_path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(train, "train_step", raise_out_of_memory)
-    with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
+    with pytest.raises(UserError, match="out of memory; lower --batch-size"):
         run_training(dataroot, tmp_path / "run")

@@ -6,6 +6,7 @@ import torch
 import network
 import network_128
 from generator import generator_from_state_dict
+from support.files import UserError
 from support.seeding import latents
 from support.weights import load_tensors
 
@@ -69,7 +70,7 @@ def truncated(path):
 def test_bad_weight_files_are_refused(tmp_path, make, word):
     path = tmp_path / "g.params"
     make(path)
-    with pytest.raises(SystemExit, match=word) as stop:
+    with pytest.raises(UserError, match=word) as stop:
         generator_from_state_dict(load_tensors(path, "train a generator"), path)
     assert str(path) in str(stop.value) and "\n" not in str(stop.value)
     assert not (tmp_path / "g.params.boom").exists()

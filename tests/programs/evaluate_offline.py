@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate  # noqa: E402
+from support.cli import run  # noqa: E402
 
 
 def fail(*_, **__):
@@ -13,4 +14,4 @@ def fail(*_, **__):
 
 
 socket.create_connection = fail
-evaluate.main(sys.argv[1:])
+run(evaluate.main)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import preprocess  # noqa: E402
+from support.cli import run  # noqa: E402
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    preprocess.main(sys.argv[1:])
+    run(preprocess.main)
