@@ -1,9 +1,9 @@
 """From a zip of photos to the FID: the user's four commands and their usual alternatives, timed, one row a stage.
 
     python benchmarks/end_to_end.py --photos img_align_celeba.zip --weights pt_inception-2015-12-05-6726825d.pth
-    python benchmarks/end_to_end.py --photos photos.zip --weights FILE --count 4000 --epochs 1      # two CPU cores
-
     python benchmarks/end_to_end.py --photos photos.zip --weights FILE --count 4000 --epochs 1      # two cores
+
+The benchmark makes a zip of --count photos under new names, and a partition in CelebA's proportions. Photos at hand
 repeat until the zip is full. It then runs preprocess.py, train.py, generator.py and evaluate.py as a user does.
 
 Start-up is the time that a script needs to import its modules. Idle is the share of all CPU cores that the stage leaves
