@@ -9,6 +9,7 @@ Images stay uint8 until they are on the device: that takes a quarter of the memo
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,51 +23,82 @@ from tqdm import tqdm
 from support.cli import count_cores
 from support.devices import can_start_workers
 from support.files import UserError, printable
+from support.folders import is_crop_folder, walk_files
+from support.photos import RARE_SUFFIXES, SUFFIXES, read_rgb
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHUNK = 128  # images that a decoding process hands over at a time
+SHOWN = 3  # files that a message names
+SEARCH = threading.Lock()  # threads that meet several unreadable files search for all of them once
 
 
 def find_images(root: str | Path) -> list[Path]:
-    """Every image file below `root`, sorted. Raises UserError when there is none."""
+    """Every image file below `root`, sorted, hidden folders excepted. Raises UserError when there is none."""
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; make the crops with `python preprocess.py PHOTOS`")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        raise UserError(f"there is no folder {printable(root)}; make the crops with `python preprocess.py PHOTOS`")
+    suffixes = {*SUFFIXES, *RARE_SUFFIXES}
+    paths = sorted(path for path in walk_files(root) if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
-        raise UserError(f"{root} holds no images; make the crops with `python preprocess.py PHOTOS`")
+        raise UserError(f"{printable(root)} holds no images; make the crops with `python preprocess.py PHOTOS`")
     return paths
 
 
-def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
-    """The image at `path`, uint8 (3,H,W), RGB, resized to a square of `image_size` where it has another size.
+class Unreadable(UserError):
+    """One image cannot be read. DataGenerater names all such images in one message."""
 
-    Raises UserError, which names the file, when it cannot be read.
+
+def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
+    """The square image at `path`, uint8 (3,S,S), upright, RGB, resized to `image_size` where it has another size.
+
+    Raises UserError, which names the file, when it cannot be read or is not square.
     """
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        message = f"{printable(path)} cannot be read ({printable(error)}); remove it or run preprocess.py again"
-        raise UserError(message) from None
+        image = read_rgb(path)
+    except Exception as error:  # decoders raise any kind
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unreadable(f"{printable(path)} cannot be read ({printable(why)})") from None
+    if image.width != image.height:
+        raise UserError(f"{printable(path)} is {image.width}x{image.height}, not square; make square crops of photos "
+                        "with `python preprocess.py PHOTOS`")
     if image_size and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def explain_unreadable(root: Path, paths: Sequence[Path]) -> str:
+    """One sentence that names the files of `paths` below `root` that cannot be read; "" where all can."""
+    bad, reasons = [], []
+    for path in paths:
+        try:
+            read_image(path)
+        except Unreadable as error:
+            bad.append(path)
+            reasons.append(str(error))
+        except UserError:
+            pass
+    if not bad:
+        return ""
+    again = " and run preprocess.py again" if all(is_crop_folder(path.absolute().parents[1]) for path in bad) else ""
+    if len(bad) == 1:
+        return f"{reasons[0]}; remove it{again}"
+    shown = "; ".join(reasons[:SHOWN] + ["..."] * (len(bad) > SHOWN))
+    return f"{len(bad):,} of {len(paths):,} images in {printable(root)} are damaged: {shown}; remove them{again}"
+
+
 class DataGenerater(Dataset):
     """The images below `root` as uint8 tensors (3,S,S). The spelling of the name is the report's.
 
-    `image_size` None keeps the size of the files, which must then all be squares of one size. With `in_memory`, or
-    after decode_all(), all pixels stay in memory (3 S^2 bytes an image); otherwise each file is read when asked for.
-    Raises UserError when a file is missing, cannot be read or has another size.
+    The files must be square. `image_size` None keeps their size, which must then be the same for all. With
+    `in_memory`, or after decode_all(), all pixels stay in memory (3 S^2 bytes an image); otherwise each file is read
+    when asked for. Raises UserError when a file is missing, cannot be read, is not square or has another size. The
+    first file is read at once, so that a folder of photos is refused before a training begins.
     """
 
     def __init__(self, root: str | Path, image_size: int | None = 64, in_memory: bool = False):
         self.root, self.paths = Path(root), find_images(root)
-        self.image_size = image_size or read_image(self.paths[0]).shape[-1]
-        self.resize = image_size is not None
-        self.images = None
+        self.resize_to = image_size
+        self.images, self.unreadable = None, None
+        self.image_size = self.read(0).shape[-1]
         if in_memory:
             self.decode_all()
 
@@ -76,14 +108,24 @@ class DataGenerater(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         if self.images is not None:
             return self.images[index]
-        image = read_image(self.paths[index], self.image_size if self.resize else None)
-        if image.shape[1:] != (self.image_size, self.image_size):
-            height, width = image.shape[1:]
+        image = self.read(index)
+        if image.shape[-1] != self.image_size:
             raise UserError(
-                f"{printable(self.paths[index])} is {width}x{height}, not {self.image_size}x{self.image_size} like the "
-                f"first image of {self.root}; give a folder of images of one square size"
+                f"{printable(self.paths[index])} is {image.shape[-1]}x{image.shape[-1]}, not "
+                f"{self.image_size}x{self.image_size} like the first image of {printable(self.root)}; give a folder "
+                "of images of one size"
             )
         return image
+
+    def read(self, index: int) -> torch.Tensor:
+        """One image from its file. The UserError for an unreadable file names all unreadable files."""
+        try:
+            return read_image(self.paths[index], self.resize_to)
+        except Unreadable as error:
+            with SEARCH:
+                if self.unreadable is None:
+                    self.unreadable = explain_unreadable(self.root, self.paths)
+            raise UserError(self.unreadable or f"{error}; try again") from None
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
         """A whole batch, uint8 (N,3,S,S)."""

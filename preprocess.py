@@ -7,9 +7,11 @@
 
 Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
 animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
-Crops of another --crop need another --dataroot. data/skipped.txt lists the photos that gave no crop, with the reason.
-The split is CelebA's partition file where it is given or found. Otherwise a hash of each name decides, 90 to 10, so
-that new photos never move an old one.
+Crops of another --crop need another --dataroot. data/skipped.txt lists what gave no crop, with the reason: also hidden
+folders, and what these scripts wrote themselves. Of photos that differ only in suffix, case or Unicode normal form
+(a.jpg, a.png), the first in sorted order gives a.png and the others get a hash in their name. The split is CelebA's
+list_eval_partition.txt (or .csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10, so that
+new photos never move an old one.
 """
 
 import argparse
@@ -25,13 +27,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from support.cli import HelpFormatter, count_cores, int_at_least, run
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
+from support.folders import CROP_NOTE, SPLITS
 from support.images import PNG_OPTIONS
-from support.photos import SPLITS, Photo, assign_splits, find_partition, list_photos, open_photo, open_zip, to_rgb
+from support.photos import OwnPicture, open_photo, to_rgb, upright
+from support.sources import Photo, list_photos, open_zip, skipped_lines
+from support.splits import assign_splits
 from support.workers import map_in_processes
 
 
@@ -46,14 +51,15 @@ class Result(NamedTuple):
 def find_photos(args: argparse.Namespace) -> list[Photo]:
     """The photos of SRC, or the faces to draw, each with its split and name or a reason to leave it out."""
     if args.demo:
-        photos, found = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)], None
+        photos = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)]
     else:
-        photos, found = list_photos(args.src, args.dataroot), find_partition(args.src)
-    partition = args.partition or found
-    photos = [photo for photo in photos if photo.where != str(partition)]
+        photos = list_photos(args.src, args.dataroot)
+    photos, how = assign_splits(args.src, photos, args.partition)
     if not photos:
         raise UserError(f"SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
-    return assign_splits(photos, partition, must_match=args.partition is not None)
+    counts = Counter(photo.split for photo in photos if not photo.reason)
+    print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]) or "no photos")
+    return photos
 
 
 def list_crops(args: argparse.Namespace) -> dict[tuple[int, str], str]:
@@ -93,7 +99,7 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
 
 def refuse_other_crop(args: argparse.Namespace, size: int, has_crops: bool) -> None:
     """Note --crop in crop.txt with the first crops of a size. Raises UserError when they had another --crop."""
-    note, now = args.dataroot / str(size) / "crop.txt", f"--crop {args.crop}" if args.crop else "no --crop"
+    note, now = args.dataroot / str(size) / CROP_NOTE, f"--crop {args.crop}" if args.crop else "no --crop"
     try:
         before = note.read_text(errors="replace") if has_crops and note.exists() else now
     except OSError as error:
@@ -108,9 +114,7 @@ def refuse_other_crop(args: argparse.Namespace, size: int, has_crops: bool) -> N
 
 def crop_square(image: Image.Image, side: int) -> Image.Image:
     """The centred square of the upright photo, RGB, `side` source pixels wide."""
-    image.load()
-    with suppress(Exception):  # damaged EXIF does not damage the pixels
-        ImageOps.exif_transpose(image, in_place=True)
+    image = upright(image)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return to_rgb(image if box == (0, 0, *image.size) else image.crop(box))  # a copy of 50 MP takes 200 MB
@@ -139,7 +143,7 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
         square, sizes, reason = read_square(args, photo)
     except Exception as error:  # decoders raise any kind
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Result(photo, {}, f"unreadable: {why}")
+        return Result(photo, {}, why if isinstance(error, OwnPicture) else f"unreadable: {why}")
     for size in (size for size, why in sizes.items() if not why):
         # Bicubic with a support scaled by the reduction: less ringing than Lanczos, in 0.6 of the time.
         crop = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
@@ -155,11 +159,11 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
 
 def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[Result]) -> None:
     """List the photos that gave no crop in skipped.txt. Raises UserError when that is all of them."""
-    skipped = [(photo.key, photo.reason) for photo in photos if photo.reason]
-    skipped += [(result.photo.key, result.reason) for result in results if result.reason]
+    skipped = [photo for photo in photos if photo.reason]
+    skipped += [result.photo._replace(reason=result.reason) for result in results if result.reason]
     path = args.dataroot / "skipped.txt"
     with atomic_write(path) as file:
-        file.writelines(f"{printable(key)}: {printable(why)}\n".encode() for key, why in sorted(skipped))
+        file.writelines(line.encode() for line in skipped_lines(skipped))
     if len(skipped) == len(photos):
         raise UserError(f"{printable(args.src or '--demo')} gave no crop: {path} says why, file by file; give a folder "
                         "of photos, or a zip of them")
@@ -176,9 +180,11 @@ def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result]
         skipped = "".join(f", {count:,} skipped: {reason}" for reason, count in small.items())
         splits = f" ({splits})" if splits else ""
         parts.append(f"{size}: {written.total():,} written{splits}, {there:,} there already{skipped}")
-    reasons = [photo.reason for photo in photos] + [result.reason for result in results if not result.sizes]
-    if any(reasons):
-        kinds = Counter(reason.partition(":")[0] for reason in reasons if reason)
+    kinds = Counter(result.reason.partition(":")[0] for result in results if not result.sizes)
+    for photo in photos:
+        kinds[photo.reason.partition(":")[0]] += photo.files
+    del kinds[""]
+    if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         parts.append(f"{counts} (listed in {args.dataroot / 'skipped.txt'})")
     return "; ".join([*parts, f"{len(results) / max(seconds, 1e-9):,.0f} img/s"])
@@ -213,7 +219,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sizes", type=int_at_least(1), nargs="+", default=[64, 128], help="sides of the crops in pixels")
     add("--crop", type=int_at_least(1), help="side of the square in source pixels (default: the photo's short side)")
     add("--allow-upscale", action="store_true", help="also make crops that are larger than their square in the photo")
-    add("--partition", type=Path, help="list_eval_partition.txt (default: the one in or next to SRC, if any)")
+    add("--partition", type=Path, help="list_eval_partition.txt or .csv (default: the one in or near SRC, if any)")
     add = parser.add_argument_group("hardware").add_argument
     add("--workers", type=int_at_least(0), default=count_cores(), help="worker processes; 0 starts none")
     args = parser.parse_args(argv)

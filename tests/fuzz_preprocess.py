@@ -26,7 +26,7 @@ from PIL import ExifTags, Image
 import preprocess
 from support.cli import HelpFormatter, int_at_least, run
 from support.files import UserError
-from support.photos import crop_name
+from support.splits import crop_name
 
 SIZE = 32
 MAX_SECONDS = 5.0

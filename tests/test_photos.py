@@ -14,7 +14,7 @@ from PIL import Image
 
 import preprocess
 from support.files import UserError
-from support.photos import hash_split
+from support.splits import hash_split
 
 NOBODY = 65534  # the user ID without rights
 

@@ -24,7 +24,7 @@ from helpers import (
 
 import preprocess
 from support.files import UserError
-from support.photos import SPLITS
+from support.folders import SPLITS
 
 
 def start_preprocess(outdir, workers, **options):

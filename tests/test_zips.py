@@ -6,7 +6,7 @@ import zipfile
 from helpers import jpeg, named, skips
 
 import preprocess
-from support.photos import MAX_BYTES
+from support.sources import MAX_BYTES
 
 # Offsets in a central directory file header and sizes of records. APPNOTE.TXT, sections 4.3.7, 4.3.12 and 4.3.16.
 CENTRAL_DIRECTORY_SIGNATURE = b"PK\x01\x02"

@@ -1,0 +1,141 @@
+"""Photos by name: what their crops are called, and which split they belong to. Imports no torch.
+
+    photos, how = assign_splits(src, list_photos(src, dataroot))     # how: "by a hash of the names"
+"""
+
+import codecs
+import hashlib
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from support.files import UserError, printable
+from support.folders import SPLITS
+from support.photos import SUFFIXES
+from support.sources import Photo, read_bytes
+
+LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")  # CelebA's, and Kaggle's
+HASH = "by a hash of the names"
+SUFFIX = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+
+
+def crop_name(key: str) -> str:
+    """The name of photo `key`'s crop, without .png. It depends on `key` alone and suits every file system.
+
+    Folders become part of the name (a/1.jpg -> a__1), except CelebA's own (img_align_celeba/000001.jpg -> 000001).
+    A name that has to change gets a hash of `key`, so that two photos never share one.
+    """
+    key = key.removeprefix("img_align_celeba/")
+    name, safe = readable_name(key)
+    device = re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", safe, re.IGNORECASE)  # Windows reserves these
+    if name and safe == name and not device and len(name.encode()) <= 251:  # 255 bytes with .png
+        return name
+    return hashed_name(key)
+
+
+def readable_name(key: str) -> tuple[str, str]:
+    """(`key` without folders and suffix, the same without characters that a file system refuses)."""
+    name = SUFFIX.sub("", key).replace("/", "__")
+    return name, re.sub(r'[\x00-\x1f\x7f<>:"\\|?*\ud800-\udfff]|^[.\s]|[.\s]$', "_", name)
+
+
+def hashed_name(key: str) -> str:
+    """A name that no other photo has, since a hash of `key` is part of it: a.png -> _a-3e2bcf0aa8."""
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:10]
+    return f"_{readable_name(key)[1].encode()[:239].decode(errors='ignore')}-{digest}"
+
+
+def comparable(name: str) -> str:
+    """The same text for all names that some file system takes for one: they differ in case or Unicode normal form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def hash_split(name: str) -> str:
+    """train or test, 90/10, by a hash of the name. Other photos do not change it."""
+    return "test" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else "train"
+
+
+def find_lists(src: Path, photos: list[Photo]) -> list[Photo]:
+    """The files that may be CelebA's partition of `photos`, the most likely first.
+
+    They are in the folder or zip `src`, up to two folders deep, next to it, or a level above. CelebA keeps its list in
+    a folder Eval next to the folder of the zip.
+    """
+    inside = [photo for photo in photos if photo.key.rpartition("/")[2] in LISTS]
+    inside = [photo for photo in inside if photo.key.count("/") <= 2 and not photo.reason]
+    inside.sort(key=lambda photo: (photo.key.count("/"), photo.key.rpartition("/")[0], photo.key.endswith(".csv")))
+    above = Path(os.path.abspath(src)).parents[:2]  # noqa: PTH100  (next to a link, not next to its target)
+    paths = [folder / name for up in above for folder in (up, up / "Eval") for name in LISTS]
+    found = [photo._replace(key=str(src / photo.key)) for photo in inside]
+    return found + [Photo(str(path), str(path)) for path in paths if path.is_file()]
+
+
+def read_list(src: Path, file: Photo) -> dict[str, str]:
+    """{photo name: split} from lines `name 0` (CelebA's) or `name,0`. Raises UserError when a line is neither.
+
+    The text is UTF-8 or UTF-16 with a byte-order mark, as Windows writes it, or UTF-8 without one.
+    """
+    shown = printable(file.key)
+    try:
+        data = read_bytes(src, file)
+        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        text = data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "replace")
+    except Exception as error:  # zipfile raises many kinds
+        raise UserError(f"cannot read {shown}: {getattr(error, 'strerror', None) or printable(error)}; give CelebA's "
+                        "list_eval_partition.txt to --partition, or leave the flag out") from None
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    rows = [(line, re.fullmatch(r'\s*"?(.+?)"?[,;\s]+"?([012])"?\s*', line)) for line in lines]
+    for line, row in rows[1:]:  # the first may be a header
+        if not row:
+            raise UserError(f"the line {printable(line[:60])!r} of {shown} is not a name and 0, 1 or 2; give CelebA's "
+                            "list_eval_partition.txt to --partition")
+    return {unicodedata.normalize("NFC", row[1]): SPLITS[int(row[2])] for _, row in rows if row}
+
+
+def listed_splits(photos: list[Photo], splits: dict[str, str]) -> list[str]:
+    """The split of each photo in a list, "" where the list does not name it, with its folders or without."""
+    keys = [unicodedata.normalize("NFC", photo.key) for photo in photos]
+    return [splits.get(key, splits.get(key.rpartition("/")[2], "")) for key in keys]
+
+
+def assign_splits(src: Path | None, photos: list[Photo], given: Path | None = None) -> tuple[list[Photo], str]:
+    """(each photo with the name of its crop, and its split or a reason to leave it out; how the splits were chosen).
+
+    The split is that of the list `given`, or of the first list of find_lists() that names any of the photos, and
+    hash_split() otherwise. Raises UserError where the list `given` names none.
+    """
+    lists = find_lists(src, photos) if src else []
+    if given:
+        lists = [Photo(f"--partition {given}", str(given))]
+    paths = {file.where for file in lists}
+    photos = [photo for photo in photos if photo.where not in paths]
+    for file in lists:
+        splits = listed_splits(photos, read_list(src, file))
+        if any(splits):
+            return name_crops(photos, splits, f"not in {Path(file.key).name}"), f"by {printable(file.key)}"
+    if given and photos:
+        raise UserError(f"--partition {printable(given)} names none of the photos in SRC; give the list that belongs "
+                        "to them or leave the flag out")
+    how = f"{HASH}, since {printable(lists[0].key)} names none of the photos" if lists else HASH
+    return name_crops(photos, None, ""), how
+
+
+def name_crops(photos: list[Photo], splits: list[str] | None, unlisted: str) -> list[Photo]:
+    """The photos with name and split, or with the reason `unlisted` where `splits` has none. None: hash_split().
+
+    Of photos whose crops would have one name (a.jpg and a.png, or a.jpg and A.jpg), the first in sorted order gets it
+    and the others get hashed_name(). Such photos may show the same picture, so a hash puts them into one split.
+    """
+    owners, result = {}, []  # comparable name: name of the first photo's crop
+    for index, photo in enumerate(photos):
+        name = crop_name(photo.key)
+        split = splits[index] if splits else hash_split(owners.get(comparable(name), name))
+        reason = photo.reason or ("" if split else unlisted)
+        if not reason and comparable(name) in owners:
+            name = hashed_name(photo.key)
+            reason = f"same name as the crop of another photo: {name}" if comparable(name) in owners else ""
+        if not reason:
+            owners[comparable(name)] = name
+        result.append(photo._replace(name=name, split=split, reason=reason))
+    return result
