@@ -8,10 +8,9 @@
 Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
 animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
 Crops of another --crop need another --dataroot. data/skipped.txt lists what gave no crop, with the reason: also hidden
-folders, and what these scripts wrote themselves. Of photos that differ only in suffix, case or Unicode normal form
-(a.jpg, a.png), the first in sorted order gives a.png and the others get a hash in their name. The split is CelebA's
-list_eval_partition.txt (or .csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10, so that
-new photos never move an old one.
+folders and pictures that these scripts drew. Of photos whose crops would share a name (a.jpg, a.png), the first in
+sorted order gives a.png and the others get a hash in their name. The split is CelebA's list_eval_partition.txt (or
+.csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
 
 import argparse
@@ -125,9 +124,8 @@ def read_square(args: argparse.Namespace, photo: Photo) -> tuple[Image.Image | N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata
         image = draw_face(args.seed, photo.where) if args.demo else open_photo(args.src, photo)
-        short = min(image.size)
-        side = args.crop or short
-        if side > short:
+        side = args.crop or min(image.size)
+        if side > min(image.size):
             too_small = dict.fromkeys(args.sizes, "smaller than --crop")
         else:
             upscaled = [size for size in args.sizes if side < size and not args.allow_upscale]

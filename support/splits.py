@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 from support.files import UserError, printable
@@ -68,7 +69,10 @@ def find_lists(src: Path, photos: list[Photo]) -> list[Photo]:
     above = Path(os.path.abspath(src)).parents[:2]  # noqa: PTH100  (next to a link, not next to its target)
     paths = [folder / name for up in above for folder in (up, up / "Eval") for name in LISTS]
     found = [photo._replace(key=str(src / photo.key)) for photo in inside]
-    return found + [Photo(str(path), str(path)) for path in paths if path.is_file()]
+    for path in paths:
+        with suppress(OSError):  # a folder above may be closed to this user
+            found += [Photo(str(path), str(path))] * path.is_file()
+    return found
 
 
 def read_list(src: Path, file: Photo) -> dict[str, str]:
