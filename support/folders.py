@@ -50,7 +50,8 @@ def folders_without_photos(keys: Sequence[str], dataroot: str | None = None, doc
     """{folder: why its files are no photos} for the outermost such folders of the files `keys`, named a/b/c.
 
     `dataroot` and `docs` are the names of these folders, if the source holds them. A folder named by a number holds
-    crops if crop.txt is in it, or if it is in `dataroot` and has train, valid and test. FFHQ's 00000 holds photos.
+    crops if crop.txt is in it, or if it is in `dataroot` and has nothing but train, valid and test: FFHQ's 00000 holds
+    photos.
     """
     names = defaultdict(set)  # folder: names of the files and folders in it
     for folder in {key.rpartition("/")[0] for key in keys}:
@@ -63,7 +64,7 @@ def folders_without_photos(keys: Sequence[str], dataroot: str | None = None, doc
 
     def reason(folder: str) -> str:
         parent, _, name = folder.rpartition("/")
-        has_crops = CROP_NOTE in names[folder] or parent == dataroot and names[folder].issuperset(SPLITS)
+        has_crops = CROP_NOTE in names[folder] or parent == dataroot and names[folder] <= set(SPLITS)
         if folder == docs:
             return "pictures of the README"
         if name.isdecimal() and has_crops:

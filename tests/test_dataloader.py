@@ -1,13 +1,18 @@
 """Batches of crops: dataloader.py."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import dataloader
-from dataloader import DataGenerater, find_images, make_loader, to_float, to_uint8
+import preprocess
+from dataloader import DataGenerater, find_images, make_loader, read_batches, read_image, to_float, to_uint8
 from support.files import UserError
+from support.photos import RARE_SUFFIXES, SUFFIXES
+from support.splits import crop_name
 
 
 def test_pixel_convention_in_both_directions():
@@ -71,3 +76,83 @@ def test_missing_and_damaged_images_are_refused(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(UserError, match="b.png cannot be read"):
         DataGenerater(tmp_path, 8, in_memory=True)
+
+
+# ---------------------------------------------------------------------------------------------- any kind of image
+
+
+def test_preprocess_and_dataloader_read_the_same_pixels(tmp_path):
+    """16-bit grey, transparency, EXIF orientation and each suffix: a crop of the whole image has the pixels read."""
+    src, rng = tmp_path / "src", np.random.default_rng(0)
+    src.mkdir()
+    photo = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
+    Image.fromarray(rng.integers(0, 65536, (64, 64), np.uint16)).save(src / "deep.png")
+    Image.fromarray(rng.integers(0, 256, (64, 64, 4), np.uint8)).save(src / "clear.png")
+    photo.quantize(16).save(src / "palette.png", transparency=3)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(src / "turned.jpg", exif=exif)
+    for suffix in (*SUFFIXES, *RARE_SUFFIXES):
+        kind = {".apng": "png", ".tif": "tiff", ".tiff": "tiff"}.get(suffix, suffix[1:])
+        kind = "jpeg" if suffix.startswith(".j") else "ppm" if suffix.startswith(".p") and kind != "png" else kind
+        photo.save(src / f"as_{suffix[1:]}{suffix}", kind)
+    preprocess.main([str(src), "--dataroot", str(tmp_path), "--sizes", "64", "--workers", "0"])
+    paths = find_images(src)
+    assert len(paths) == 4 + len(SUFFIXES) + len(RARE_SUFFIXES)
+    for path in paths:
+        crop = next((tmp_path / "64").rglob(f"{crop_name(path.name)}.png"))
+        assert torch.equal(read_image(path), read_image(crop)), path
+    assert abs(read_image(src / "deep.png").float().mean() - 127) < 5
+
+
+def test_crops_decode_as_pillow_decodes_them(dataroot):
+    for path in find_images(dataroot / "64" / "train")[:5]:
+        with Image.open(path) as image:
+            assert np.array_equal(read_image(path).permute(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+# ---------------------------------------------------------------------------------------------- unreadable images
+
+
+@pytest.mark.parametrize("bad", [1, 2, 5])
+def test_all_unreadable_images_are_named_in_one_message(dataroot, tmp_path, bad):
+    shutil.copytree(dataroot / "64", tmp_path / "64")
+    root = tmp_path / "64" / "train"
+    for number in range(bad):
+        (root / f"._{number}.png").write_bytes(b"\0\5\x16\7" * (number % 2))
+    last = find_images(root)[-1]
+    last.write_bytes(last.read_bytes()[:-500])
+    for use in (lambda: DataGenerater(root, 64), lambda: DataGenerater(root, None)):
+        with pytest.raises(UserError) as error:
+            use()
+        message = str(error.value)
+        assert f"{bad + 1} of {len(find_images(root))} images in {root}" in message
+        assert "._0.png cannot be read (an empty file)" in message
+        assert (last.name in message) == (bad < 3) and message.endswith("; remove them and run preprocess.py again")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_all_named_wherever_one_is_met(tmp_path, workers):
+    for number in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number:02d}.png")
+    dataset = DataGenerater(tmp_path, 8)
+    for number in (7, 15):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        list(make_loader(dataset, 4, 0, 0, workers=workers))
+    with pytest.raises(UserError) as other:
+        list(read_batches(dataset, range(20), 10))
+    for message in (str(error.value), str(other.value)):
+        assert "2 of 20" in message and "07.png" in message and "15.png" in message
+        assert message.endswith("; remove them")  # preprocess.py did not make this folder
+
+
+@pytest.mark.parametrize("image_size", [64, None])
+def test_images_that_are_not_square_are_refused(tmp_path, image_size):
+    """train.py would squeeze the photos of CelebA, 178x218."""
+    Image.new("RGB", (178, 218)).save(tmp_path / "b.jpg")
+    with pytest.raises(UserError, match="b.jpg is 178x218, not square; .*python preprocess.py"):
+        DataGenerater(tmp_path, image_size)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="b.jpg is 178x218, not square"):
+        DataGenerater(tmp_path, image_size, in_memory=True)

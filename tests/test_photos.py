@@ -1,4 +1,4 @@
-"""Finding, naming, splitting and opening photos: support/photos.py, through preprocess.py."""
+"""Naming and opening photos: support/splits.py and support/photos.py, through preprocess.py."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 import preprocess
 from support.files import UserError
-from support.splits import hash_split
+from support.splits import crop_name, hash_split, hashed_name
 
 NOBODY = 65534  # the user ID without rights
 
@@ -127,7 +127,7 @@ def test_two_thousand_damaged_files(tmp_path):
     assert min(outcomes.values()) > 200  # both outcomes are frequent
 
 
-# ---------------------------------------------------------------------------------------------- finding and naming
+# ---------------------------------------------------------------------------------------------- naming
 
 
 def test_odd_names(tmp_path, convert):
@@ -150,64 +150,36 @@ def test_the_same_name_in_two_folders(tmp_path, convert):
     for folder, level in (("a", 10), ("b", 200), ("img_align_celeba", 90)):
         (src / folder).mkdir()
         Image.new("RGB", (80, 80), (level,) * 3).save(src / folder / "1.png")
-    Image.new("RGB", (80, 80)).save(src / "a" / "1.bmp")
     out = convert()
-    assert [crop_of(out, name)[0, 0, 0] for name in ("a__1", "b__1", "1")] == [0, 200, 90]
-    assert skips(out) == {"a/1.png": "same name: its crop would overwrite that of a/1.bmp"}
+    assert [crop_of(out, name)[0, 0, 0] for name in ("a__1", "b__1", "1")] == [10, 200, 90]
 
 
-def test_crops_inside_src_are_not_photos(tmp_path, convert, capsys):
-    for _ in range(2):
-        Image.new("RGB", (80, 80)).save(tmp_path / "src" / "a.png")
-        preprocess.main([str(tmp_path / "src"), "--dataroot", str(tmp_path / "src"), "--sizes", "64", "128"])
-    assert "64: 0 written, 1 there already" in capsys.readouterr().out
-    assert named(tmp_path / "src") == ["a"]
-
-
-# ---------------------------------------------------------------------------------------------- splitting
-
-
-def test_the_hash_puts_a_tenth_into_the_test_split():
-    splits = [hash_split(f"{i:06d}") for i in range(5000)]
-    assert 0.08 < splits.count("test") / 5000 < 0.12
-    assert set(splits) == {"train", "test"}
-
-
-def test_new_photos_do_not_change_the_split_of_old_ones(tmp_path, convert):
-    for first, last in ((0, 40), (40, 80)):
-        for i in range(first, last):
-            (tmp_path / "src" / f"{i}.jpg").write_bytes(jpeg())
-        out = convert()
-        splits = {path.stem: path.parent.name for path in out.rglob("*.png")}
-        assert len(splits) == last and set(splits.values()) == {"train", "test"}
-        assert splits == {str(i): hash_split(str(i)) for i in range(last)}
-
-
-def test_partition_in_the_parent_folder_of_src(tmp_path, convert):
-    for name in ("1.jpg", "2.jpg", "3.jpg", "4.jpg"):
-        gradient().save(tmp_path / "src" / name)
-    (tmp_path / "list_eval_partition.txt").write_text("1.jpg 0\n2.jpg 1\n3.jpg 2\n")
+def test_photos_whose_crops_would_share_a_name_all_give_a_crop(tmp_path, convert):
+    """The first in sorted order keeps the name, the others get a hash in it, and all are in one split."""
+    src = tmp_path / "src"
+    groups = [("a.bmp", "a.jpg", "a.png"), ("B.png", "b.png"), ("e\u0301.png", "\xe9.png"), ("single.jpg",)]
+    groups += [(f"{i}.bmp", f"{i}.png") for i in range(20)]
+    for group in groups:
+        for level, name in enumerate(group):
+            Image.new("RGB", (80, 80), (10 * level,) * 3).save(src / name)
     out = convert()
-    found = {path.stem: path.parent.name for path in out.rglob("*.png")}
-    assert found == {"1": "train", "2": "valid", "3": "test"}
-    assert "4.jpg: not in list_eval_partition.txt" in (out / "skipped.txt").read_text()
+    assert len(named(out)) == sum(map(len, groups)) and skips(out) == {}
+    for group in groups:
+        names = [crop_name(group[0]), *map(hashed_name, group[1:])]
+        assert [crop_of(out, name)[0, 0, 0] // 10 for name in names] == list(range(len(names)))
+        splits = {path.parent.name for name in names for path in out.rglob(f"{name}.png")}
+        assert splits == {hash_split(names[0])}
+    assert {"a", "B", "single"} <= set(named(out))
+    before = sorted(out.rglob("*.png"))
+    convert()
+    assert sorted(out.rglob("*.png")) == before
 
 
-def test_partition_with_commas_a_header_and_folders(tmp_path, convert):
-    """The list is inside SRC, and preprocess.py does not take it for a photo."""
-    (tmp_path / "src" / "a").mkdir()
-    for name in ("1.jpg", "a/1.jpg"):
-        (tmp_path / "src" / name).write_bytes(jpeg())
-    (tmp_path / "src" / "list_eval_partition.txt").write_text("image_id,partition\n1.jpg,1\na/1.jpg,2\n")
-    out = convert()
-    assert {path.stem: path.parent.name for path in out.rglob("*.png")} == {"1": "valid", "a__1": "test"}
-    assert skips(out) == {}
-
-
-def test_a_different_partition_does_not_put_a_photo_into_both_splits(tmp_path, convert):
-    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
-    for number in (0, 2):
-        (tmp_path / f"{number}.txt").write_text(f"a.jpg {number}\n")
-    convert("--partition", str(tmp_path / "0.txt"))
-    with pytest.raises(UserError, match="same --partition"):
-        convert("--partition", str(tmp_path / "2.txt"))
+@pytest.mark.parametrize("key, name", [
+    ("a.jpg", "a"), ("a.JFIF", "a"), ("a.tif", "a"), ("a.PnM", "a"), ("a.jpe", "a.jpe"), ("a.pbm", "a.pbm"),
+    ("a.heic", "a.heic"), ("x/y.webp", "x__y"), ("img_align_celeba/con.jpg", "_con-1f02e9b886"),
+    ("img_align_celeba/img_align_celeba/000001.jpg", "img_align_celeba__000001"),
+])
+def test_names_of_crops_stay_what_they_are(key, name):
+    """With other names, a second run would make each crop twice, perhaps in another split."""
+    assert crop_name(key) == name
