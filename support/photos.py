@@ -5,7 +5,6 @@
 """
 
 import io
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,9 +38,8 @@ class OwnPicture(Exception):
 
 def open_photo(src: Path, photo: Photo) -> Image.Image:
     """A photo, not decoded yet. Raises OwnPicture, or any other exception; its text is the reason."""
-    data = read_bytes(src, photo)
-    image = open_image(data)
-    if is_own_picture(image) or is_old_face(photo.key, data, image.size):
+    image = open_image(read_bytes(src, photo))
+    if is_own_picture(image):
         raise OwnPicture(OWN_PICTURE)
     return image
 
@@ -49,14 +47,6 @@ def open_photo(src: Path, photo: Photo) -> Image.Image:
 def is_own_picture(image: Image.Image) -> bool:
     """Whether support/images.py wrote the file."""
     return image.info.get("Software") == SOFTWARE or image.info.get("comment") == SOFTWARE.encode()
-
-
-def is_old_face(key: str, data: bytes, size: tuple[int, int]) -> bool:
-    """Whether an older generator.py, which left no mark, drew the face: 00000007.png, with zlib's level 1."""
-    name = key.rpartition("/")[2]
-    if not re.fullmatch(r"\d{8}\.png", name) or size not in ((64, 64), (128, 128)):
-        return False
-    return data[37:43] == b"IDAT\x78\x01"  # the pixels follow the header, as Pillow compresses them with PNG_OPTIONS
 
 
 def upright(image: Image.Image) -> Image.Image:
