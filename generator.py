@@ -21,14 +21,15 @@ from dataloader import to_uint8
 from network import Generator
 from support.cli import HelpFormatter, count_cores, int_at_least, run
 from support.devices import DTYPES, explain_out_of_memory, pick_device
-from support.files import UserError, atomic_write
+from support.files import UserError, atomic_write, printable
 from support.images import encode_png, image_grid, save_animation, save_image
 from support.seeding import latents
-from support.weights import check_tensors, load_tensors
+from support.weights import add_counters, check_tensors, find_networks, load_tensors
 
 FRAMES = 24  # of the morph from one seed to the next
 TRAINED = Path("runs/64/generator.params")
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "generator_64.params"
+REMEDY = "pass the generator.params of a training to --params"
 
 
 def default_params() -> Path:
@@ -41,33 +42,66 @@ def default_params() -> Path:
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
     """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises UserError that names the file."""
-    state = load_tensors(path, "make one with `python train.py`, or pass another to --params")
-    return generator_from_state_dict(state, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
+    content = load_tensors(path, "make one with `python train.py`, or pass another to --params")
+    return generator_from_state_dict(content, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
 
 
-def generator_from_state_dict(state: dict, path: str | Path) -> Generator:
-    """Build the Generator that `state` belongs to. Its sizes follow from the shapes of the weights alone.
+def generator_from_state_dict(content: dict, path: str | Path) -> Generator:
+    """Build the one Generator that `content` holds. Its sizes follow from the shapes of the weights alone.
 
-    Reads weights of this repository and of the DCGAN tutorial in any floating-point type, also with DataParallel's
-    `module.` before each name. Raises UserError, which names `path`, for anything else.
+    Reads weights of this repository and of the DCGAN tutorial in any floating-point type. `content` is a state dict,
+    with any prefix before its names, or a dictionary that holds one. Raises UserError, which names `path`, for
+    anything else.
     """
-    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
-    remedy = "pass the generator.params of a training to --params"
-    kernels = [t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 4]
-    if len(kernels) < 3 or any(kernel.shape[2:] != (4, 4) for kernel in kernels):
-        raise UserError(f"{path} does not hold a DCGAN generator; {remedy}")
-    if kernels[0].shape[1] == 3 and kernels[-1].shape[0] == 1:
-        raise UserError(f"{path} holds a discriminator, not a generator; {remedy}")
+    state = find_generator(content, path)
+    kernels = kernels_of(state)
     nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
     with torch.device("meta"):  # takes no memory before the shapes have been compared
         netG = Generator(nz, ngf, image_size)
     expected = netG.state_dict()
-    check_tensors(state, expected, path, "a DCGAN generator", remedy)
+    state = add_counters(state, expected)
+    check_tensors(state, expected, path, "a DCGAN generator", REMEDY)
     extra = [name for name in state if name not in expected]
     if extra:
-        raise UserError(f"{path} does not hold a DCGAN generator (see {extra[0]}); {remedy}")
+        raise UserError(f"{path} does not hold a DCGAN generator (see {printable(extra[0])}); {REMEDY}")
     netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
     return netG.eval().requires_grad_(False)
+
+
+def find_generator(content: dict, path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of the one generator in `content`, or of the EMA generator of a checkpoint of train.py."""
+    networks = find_networks(content, "main.0.weight")
+    networks = {name: state for name, state in networks.items() if kernels_of(state)}
+    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
+    if generators.keys() == {"netG", "average"}:
+        print(f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params", file=sys.stderr)
+        return generators["average"]
+    if len(generators) > 1:
+        names = printable(", ".join(name or "one without a prefix" for name in generators))
+        raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone and pass it")
+    if not generators:
+        if networks:
+            raise UserError(f"{path} holds a discriminator, not a generator; {REMEDY}")
+        keys = printable(", ".join(map(str, list(content)[:6])))[:200] or "none"
+        raise UserError(f"{path} does not hold a DCGAN generator (its keys: {keys}); {REMEDY}")
+    [state] = generators.values()
+    channels = kernels_of(state)[-1].shape[1]
+    if channels != 3:
+        raise UserError(f"{path} holds a generator that draws {channels} channel{'s'[channels == 1:]}, not 3; {REMEDY}")
+    return state
+
+
+def kernels_of(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The 4x4 kernels of a DCGAN's convolutions from first to last. Empty where `state` is no DCGAN."""
+    layers = {name.split(".")[1]: t for name, t in state.items() if re.fullmatch(r"main\.[0-9]{1,3}\.weight", name)}
+    kernels = [layers[i] for i in sorted(layers, key=int) if layers[i].ndim == 4]
+    whole = 3 <= len(kernels) <= 10 and all(k.shape[2:] == (4, 4) and k.numel() for k in kernels)
+    return kernels if whole else []
+
+
+def is_discriminator(kernels: list[torch.Tensor]) -> bool:
+    """Whether each kernel (out,in,4,4) takes the channels that the one before gives, and the last gives one."""
+    return kernels[-1].shape[0] == 1 and all(a.shape[0] == b.shape[1] for a, b in zip(kernels, kernels[1:]))
 
 
 @torch.inference_mode()

@@ -26,8 +26,9 @@ from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
 from support.devices import DTYPES
+from support.file_kinds import PYTORCH, describe
 from support.files import UserError
-from support.weights import check_tensors, load_tensors
+from support.weights import add_counters, check_tensors, find_networks, load_tensors
 
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
 URLS = {
@@ -94,6 +95,8 @@ def load_inception(
     Raises UserError when the weights cannot be downloaded or are not those of this Inception-v3.
     """
     path, resize = Path(weights or find_weights(name)), resize or DEFAULT_RESIZE[name]
+    if path.is_dir():
+        raise UserError(f"--weights {path} is a folder; give the state dict of Inception-v3 in it")
     if not path.is_file():
         raise UserError(f"--weights {path} does not exist; give a state dict of Inception-v3")
     digest = hash_file(path)
@@ -129,10 +132,9 @@ def load_layers(name: str, dims: int, path: Path) -> OrderedDict:
 def read_weights(path: Path, name: str, expected: dict) -> dict:
     """The tensors of `expected`, float32, from the file `path`. Raises UserError when one is missing."""
     remedy = f"give the state dict of {Path(URLS[name]).name} to --weights"
-    state = load_tensors(path, remedy)
-    for key in expected:
-        if key.endswith("num_batches_tracked"):  # counts training steps; some files leave it out
-            state[key] = torch.tensor(0)
+    content = load_tensors(path, remedy)
+    networks = list(find_networks(content, "Conv2d_1a_3x3.conv.weight").values())
+    state = add_counters(networks[0] if len(networks) == 1 else content, expected)
     check_tensors(state, expected, path, "the weights of Inception-v3", remedy)
     classes = state.get("fc.bias")
     if isinstance(classes, torch.Tensor) and classes.numel() != CLASSES[name]:
@@ -192,8 +194,7 @@ def hash_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}); pass another to --weights") from None
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.hexdigest().startswith(named[1]):
-        raise UserError(
-            f"{path} is not what its name says: its SHA-256 begins {digest.hexdigest()[:8]}; get it again, or pass "
-            "another to --weights"
-        )
+        kind = describe(path)
+        found = f"its SHA-256 begins {digest.hexdigest()[:8]}" if kind in ("", PYTORCH) else f"it is {kind}"
+        raise UserError(f"{path} is not what its name says: {found}; get it again, or pass another to --weights")
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """State dicts as data: load, check and save them. Nothing in a file is ever run.
 
-    state = load_tensors("generator.params", remedy="pass another file to --params")
+    content = load_tensors("netG.pth", remedy="pass another file to --params")
+    networks = find_networks(content, "main.0.weight")      # {"netG": state dict, "netD": state dict}
 """
 
 import warnings
@@ -9,7 +10,20 @@ from pathlib import Path
 
 import torch
 
-from support.files import UserError, atomic_write
+from support.file_kinds import PYTORCH, describe, read_pickle
+from support.files import UserError, atomic_write, printable
+
+# What to do with a file of another kind. Where a kind is missing here, the caller's remedy says it.
+ADVICE = {
+    "a folder": "give the file of weights in it",
+    "an empty file": "copy or download it again",
+    "a git-lfs pointer": "fetch the weights with `git lfs pull`",
+    "an HTML page": "download the file itself, not the page that links to it",
+    "a safetensors file": "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`",
+    "a TorchScript archive": "save its weights with `torch.save(torch.jit.load(OLD).state_dict(), NEW)`",
+    "a zip of other files": "unzip it and give the file of weights in it",
+    "a compressed archive": "unpack it and give the file of weights in it",
+}
 
 
 def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
@@ -38,23 +52,43 @@ def nested_tensors(content: object) -> Iterator[tuple[str, torch.Tensor]]:
             pending += [(f"{name}.{key}".lstrip("."), item) for key, item in items]
 
 
+def find_networks(content: dict, first: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The state dicts in `content` that hold a tensor called `first`, by what stands before that name.
+
+    They may be anywhere in nested dictionaries, with any prefix such as netG., module. (DataParallel) or _orig_mod.
+    (torch.compile). The name of a state dict without a prefix is empty.
+    """
+    tensors = dict(nested_tensors(content))
+    prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]
+    return {
+        prefix.rstrip("."): {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
+        for prefix in sorted(prefixes)
+    }
+
+
+def add_counters(state: dict, expected: dict) -> dict:
+    """`state` with the counters of BatchNorm that it lacks: torch 0.3 had none. Only training reads them."""
+    counters = [name for name in expected if name.endswith("num_batches_tracked")]
+    return {name: torch.tensor(0) for name in counters} | state
+
+
 def load_tensors(path: str | Path, remedy: str) -> dict:
     """Read a dictionary that torch.save wrote, on the CPU and with weights_only=True.
 
-    Raises UserError, one sentence that ends in `remedy`, when the file is missing or damaged, when it holds anything
-    but plain data and tensors, or when a tensor claims more elements than the file has.
+    Raises UserError, one sentence that says what to do, when the file is missing or damaged, when it is of another
+    kind, when it holds anything but plain data and tensors, or when a tensor claims more elements than the file has.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} does not exist; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise UserError(f"{path} cannot be read (permission denied); {remedy}") from None
     except Exception as error:  # torch.load raises some ten kinds, depending on the byte that is damaged
-        kind = type(error).__name__
-        raise UserError(f"{path} is damaged or not a PyTorch file of plain tensors ({kind}); {remedy}") from None
+        raise explain_failure(path, error, remedy) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
     for name, tensor in nested_tensors(content):
@@ -62,6 +96,28 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
     return content
+
+
+def explain_failure(path: Path, error: Exception, remedy: str) -> UserError:
+    """One sentence for a `path` that torch.load refused with `error`: what the file is, and what to do."""
+    try:
+        kind = describe(path)
+        called, strings = read_pickle(path) if kind == PYTORCH else ([], set())
+    except PermissionError:
+        return UserError(f"{path} cannot be read (permission denied); {remedy}")
+    except Exception:  # a damaged zip
+        kind, called, strings = "", [], set()
+    if kind not in ("", PYTORCH):
+        return UserError(f"{path} is {kind}, not a state dict of PyTorch; {ADVICE.get(kind, remedy)}")
+    foreign = [name for name in called if not name.startswith(("torch.", "collections."))]
+    names = f" ({printable(', '.join(dict.fromkeys(foreign)))[:100]})" if foreign else ""
+    if {"_modules", "_parameters"} <= strings:
+        how = "load it where its code is, and save its weights with `torch.save(MODULE.state_dict(), NEW)`"
+        return UserError(f"{path} holds a pickled module{names}, not a state dict; {how}")
+    if foreign:
+        how = "load it where its code is, and save its state dict alone"
+        return UserError(f"{path} holds Python objects{names}, not only tensors, and they could run code; {how}")
+    return UserError(f"{path} is damaged or not a PyTorch file of plain tensors ({type(error).__name__}); {remedy}")
 
 
 def save_tensors(content: dict[str, torch.Tensor], path: Path) -> None:

@@ -138,6 +138,15 @@ def test_half_and_double_precision_files(weights, tmp_path):
         assert torch.allclose(out, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
 
 
+def test_prefixes_and_nested_state_dicts(weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = inception.load_inception("tf2015", 64, weights)[0](images)
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "w.pth")
+    assert torch.equal(inception.load_inception("tf2015", 64, tmp_path / "w.pth")[0](images), expected)
+
+
 def test_real_weights_distinguish_faces_from_noise(dataroot, shared):
     path = shared / "weights" / "inception_2015-12-05_half.pth"
     features, _ = inception.load_inception("tf2015", 192, path)
@@ -160,7 +169,11 @@ def test_files_without_inception_weights_are_refused(tmp_path, weights):
     (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:10_000])
     refused(tmp_path / "cut.pth", "cut.pth is damaged")
     (tmp_path / "empty.pth").touch()
-    refused(tmp_path / "empty.pth", "empty.pth is damaged")
+    refused(tmp_path / "empty.pth", "empty.pth is an empty file")
+    refused(tmp_path, "is a folder")
+    for name in ("page.pth", "page-6726825d.pth"):
+        (tmp_path / name).write_text("<!DOCTYPE html><html></html>")
+        refused(tmp_path / name, f"{name} is .*an HTML page")
     refused(tmp_path / "nowhere.pth", "nowhere.pth does not exist")
     refused(weights, "holds the tf2015 network, not torchvision", name="torchvision")
     state = torch.load(weights, weights_only=True)

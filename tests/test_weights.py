@@ -5,10 +5,16 @@ import torch
 
 import network
 import network_128
-from generator import generator_from_state_dict
+from generator import generator_from_state_dict, load_generator
 from support.files import UserError
 from support.seeding import latents
 from support.weights import load_tensors
+
+
+def saved(path, content):
+    """What generator.py loads from a file of `content`."""
+    torch.save(content, path)
+    return load_generator(path)
 
 
 @pytest.mark.parametrize("nets, nz, ngf", [(network, 100, 8), (network, 7, 16), (network_128, 20, 4)])
@@ -55,9 +61,8 @@ def truncated(path):
 
 @pytest.mark.parametrize("make, word", [
     (lambda path: None, "does not exist"),
-    (lambda path: path.touch(), "damaged"),
     (truncated, "damaged"),
-    (pickle_bomb, "damaged"),
+    (pickle_bomb, r"exec\), not only tensors"),
     (lambda path: torch.save([1, 2], path), "list"),
     (lambda path: torch.save({"a": 1}, path), "generator"),
     (lambda path: torch.save(network.Discriminator(4).state_dict(), path), "discriminator"),
@@ -74,3 +79,63 @@ def test_bad_weight_files_are_refused(tmp_path, make, word):
         generator_from_state_dict(load_tensors(path, "train a generator"), path)
     assert str(path) in str(stop.value) and "\n" not in str(stop.value)
     assert not (tmp_path / "g.params.boom").exists()
+
+
+# ---------------------------------------------------------------------------------------------- weights people have
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    return network.Generator(8, 4).state_dict()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without_counters(state):
+    """As torch 0.3 saved it."""
+    return {name: tensor for name, tensor in state.items() if "num_batches_tracked" not in name}
+
+
+NET_D = network.Discriminator(4).state_dict()
+
+
+@pytest.mark.parametrize("wrap", [
+    without_counters,
+    lambda s: prefixed("_orig_mod.", s),
+    lambda s: prefixed("module._orig_mod.module.", s),
+    lambda s: {"netG": s, "epoch": 3},
+    lambda s: {"generator": prefixed("module.", s), "discriminator": NET_D},
+    lambda s: {"state_dict": prefixed("netG.", s) | prefixed("netD.", NET_D), "optimizer": {"state": {0: NET_D}}},
+    lambda s: {"model": without_counters(prefixed("generator.", s))},
+    lambda s: prefixed("netG.", s) | {"totals": torch.zeros(4)},
+])
+def test_one_generator_is_found_below_keys_and_prefixes(tmp_path, state, wrap):
+    loaded = saved(tmp_path / "g.pth", wrap(state)).state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_checkpoint_of_train_gives_its_ema_generator(trained, capsys):
+    loaded, ema = (load_generator(trained / name).state_dict() for name in ("checkpoint.pt", "generator.params"))
+    assert all(torch.equal(loaded[name], ema[name]) for name in ema)
+    assert "checkpoint.pt is a checkpoint; this is its EMA generator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, words", [
+    (lambda s: {"model": s, "ema": dict(s)}, r"2 generators \(ema, model\)"),
+    (lambda s: {"netD": NET_D}, "discriminator, not a generator"),
+    (lambda s: prefixed("module.", network.Discriminator(4).state_dict()), "discriminator, not a generator"),
+    (lambda s: NET_D | {"main.0.weight": torch.zeros(4, 1, 4, 4)}, "discriminator, not a generator"),
+    (lambda s: s | {"main.12.weight": torch.zeros(4, 1, 4, 4)}, "draws 1 channel, not 3"),
+    (lambda s: s | {"main.12.weight": torch.zeros(4, 4, 4, 4)}, "draws 4 channels, not 3"),
+    (lambda s: {"weights\n": {"layer.0.weight": torch.zeros(3)}, "epoch": 1}, r"its keys: weights\\n, epoch"),
+    (lambda s: {}, "its keys: none"),
+    (lambda s: s | {"main.0.weight": torch.zeros(0, 32, 4, 4)}, "does not hold a DCGAN generator"),
+    (lambda s: {f"main.{i}.weight": torch.zeros(1, 1, 4, 4) for i in range(99)}, "does not hold a DCGAN generator"),
+])
+def test_other_networks_are_named(tmp_path, state, content, words):
+    with pytest.raises(UserError, match=words) as stop:
+        saved(tmp_path / "g.pth", content(state))
+    assert str(tmp_path / "g.pth") in str(stop.value) and "\n" not in str(stop.value)

@@ -1,0 +1,88 @@
+"""What a file is, by its first bytes and by the names in a zip. Nothing in a file is ever run. Imports no torch.
+
+    describe(Path("netG.pth"))                  # "a git-lfs pointer"
+    read_pickle(Path("netG.pth"))               # (["network.Generator", ...], {"_modules", ...}), without loading any
+"""
+
+import io
+import pickletools
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+PYTORCH = "a PyTorch file"
+STATISTICS = "an .npz of statistics"
+SAMPLES = "an .npz of images"
+# Regular expressions for the first bytes. The first one that fits counts.
+FIRST_BYTES = {
+    "an empty file": rb"\Z",
+    "a git-lfs pointer": rb"version https://git-lfs",
+    "an HTML page": rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b",
+    PYTORCH: rb"\x80.\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",  # as torch.save wrote before version 1.6
+    "a Python pickle": rb"\x80[\x02-\x05]",
+    "a NumPy array (.npy)": rb"\x93NUMPY",
+    "an HDF5 file, as Keras writes": rb"\x89HDF\r\n\x1a\n",
+    "a safetensors file": rb".{5}\0\0\0\{",  # the length of a JSON header in 8 bytes, and the header
+    "a TensorFlow model": rb"\x08\x01\x12|.{4}TFL3|\x0a.{1,3}\x0a.{1,300}(Placeholder|Const|VariableV2)",
+    "an ONNX model": rb"\x08[\x02-\x1f][\x12\x1a\x22\x3a\x42]",
+    "an image": rb"\x89PNG|\xff\xd8\xff|GIF8|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*",
+    "a compressed archive": rb"\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!|.{257}ustar",
+}
+TENSORFLOW = r"\.(pb|pbtxt|tflite|index|meta|data-\d+-of-\d+)$"  # names of files whose first bytes say little
+LONGEST = 2**23  # bytes of a pickle that are looked at
+
+
+def describe(path: Path) -> str:
+    """What `path` is, such as "an HTML page", or an empty string where that is unknown. Raises OSError."""
+    if path.is_dir():
+        return "a folder"
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if start.startswith(b"PK"):
+        return describe_zip(path)
+    for kind, pattern in FIRST_BYTES.items():
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            return kind
+    return "a TensorFlow file" if re.search(TENSORFLOW, path.name) else ""
+
+
+def describe_zip(path: Path) -> str:
+    """What a zip is, by the names in it, or an empty string where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises many kinds on damaged files
+        return ""
+    if any(re.fullmatch(r"[^/]+/(constants\.pkl|code/.*)", name) for name in names):
+        return "a TorchScript archive"
+    if any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
+        return PYTORCH
+    if {"mu.npy", "sigma.npy"} <= set(names):
+        return STATISTICS
+    if "arr_0.npy" in names:
+        return SAMPLES
+    if names and all(name.endswith(".npy") for name in names):
+        return "an .npz of other arrays"
+    return "a Keras model" if "model.weights.h5" in names else "a zip of other files"
+
+
+def read_pickle(path: Path) -> tuple[list[str], set[str]]:
+    """The classes and functions that the pickle in a PyTorch file names, in their order, and all its strings."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+            with archive.open(name) as file:
+                content = file.read(LONGEST)
+    else:
+        with path.open("rb") as file:
+            content = file.read(LONGEST)
+    called, strings, stream = [], set(), io.BytesIO(content)
+    with suppress(Exception):  # of a damaged pickle, what came before counts
+        for _ in range(5):  # the format before torch 1.6 has several pickles, one after the other
+            for opcode, value, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    called.append(value.replace(" ", "."))
+                elif isinstance(value, str):
+                    strings.add(value)
+    return called, strings
