@@ -21,7 +21,7 @@ from dataloader import to_uint8
 from network import Generator
 from support.cli import HelpFormatter, count_cores, int_at_least, run
 from support.devices import DTYPES, explain_out_of_memory, pick_device
-from support.files import UserError, atomic_write, printable
+from support.files import OVERWRITE_HELP, UserError, atomic_write, printable, refuse_existing
 from support.images import encode_png, image_grid, save_animation, save_image
 from support.seeding import latents
 from support.weights import add_counters, check_tensors, find_networks, load_tensors
@@ -133,6 +133,14 @@ def face_path(outdir: Path, seed: int) -> Path:
     return outdir / f"{seed:08d}.png"
 
 
+def path_next_to(outdir: Path, ending: str) -> Path:
+    """faces_grid.png for faces: pictures of several faces lie next to the folder, which holds nothing but faces."""
+    named = outdir if outdir.name not in ("", "..") else outdir.resolve()
+    if not named.name:
+        raise UserError(f"there is no place next to --outdir {outdir} for a picture of all faces; choose another")
+    return named.with_name(named.name + ending)
+
+
 def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
     """Latents (N*frames,nz,1,1) on a closed path through `z` (N,nz,1,1), along great circles.
 
@@ -166,9 +174,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("pictures").add_argument
     add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
     add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
-    add("--grid", action="store_true", help="also draw all faces in one picture, grid.png")
-    add("--interpolate", action="store_true", help="also draw a morph through the first 8 seeds, interpolation.gif")
-    add("--overwrite", action="store_true", help="replace pictures of the same names in --outdir")
+    add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
+    add("--interpolate", action="store_true", help="also draw a morph of 8 seeds, <outdir>_interpolation.gif")
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
@@ -176,36 +184,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_outdir(args: argparse.Namespace) -> None:
-    """Make --outdir. Raises UserError when a picture would be overwritten without --overwrite."""
-    targets = [face_path(args.outdir, seed) for seed in args.seeds]
-    targets += [args.outdir / "grid.png"] * args.grid + [args.outdir / "interpolation.gif"] * args.interpolate
-    existing = next((path for path in targets if path.exists()), None)
-    if existing and not args.overwrite:
-        raise UserError(f"{existing} exists; choose another --outdir, or pass --overwrite to replace it")
+def prepare_outdir(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """Make --outdir, and return the paths of the grid and the interpolation, if the flags ask for them.
+
+    Raises UserError when a picture would be overwritten without --overwrite.
+    """
+    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
+    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
+    pictures = [*(face_path(args.outdir, seed) for seed in args.seeds), *filter(None, (grid, animation))]
+    refuse_existing(pictures, args.overwrite, "--outdir")
     try:
         args.outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
+    return grid, animation
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.params = args.params or default_params()
     netG = load_generator(args.params, pick_device(args.device), args.precision)
-    prepare_outdir(args)
+    grid, animation = prepare_outdir(args)
     batches = sample(netG, args.seeds, args.batch_size)
-    if args.grid:
+    if grid:
         batches = list(batches)
         columns = max(8, round(len(args.seeds) ** 0.5))
-        save_image(image_grid(torch.cat(batches), columns), args.outdir / "grid.png")
+        save_image(image_grid(torch.cat(batches), columns), grid)
     save_faces(batches, args.seeds, args.outdir)
-    if args.interpolate:
+    if animation:
         path = interpolate(latents(args.seeds[:8], netG.nz))
         frames = [image_grid(face[None]) for z in path.split(args.batch_size) for face in draw(netG, z)]
-        save_animation(frames, args.outdir / "interpolation.gif")
+        save_animation(frames, animation)
     size = f"{netG.image_size}x{netG.image_size}"
-    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}")
+    pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
+    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+OVERWRITE_HELP = "replace output files that exist"  # of --overwrite, which has one meaning in all scripts
 ADVICE = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
 
 
@@ -44,6 +46,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def refuse_existing(targets: Iterable[Path], overwrite: bool, flag: str) -> None:
+    """Raise UserError when an output of `flag` exists without `overwrite`, or is a folder, before any work is done."""
+    for path in targets:
+        if path.is_dir():
+            raise UserError(f"{printable(path)} is a folder; choose another {flag}")
+        if not overwrite and os.path.lexists(path):
+            raise UserError(f"{printable(path)} exists; choose another {flag}, or pass --overwrite to replace it")
 
 
 @contextmanager

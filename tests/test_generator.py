@@ -10,6 +10,7 @@ from PIL import Image
 import generator
 import network
 import network_128
+from dataloader import DataGenerater, find_images
 from support.files import UserError
 from support.seeding import latents
 
@@ -35,15 +36,30 @@ def test_a_seed_gives_the_same_face_in_any_batch(params):
     assert (whole[0] != whole[1]).any()
 
 
-def test_files_grid_and_interpolation(params, tmp_path):
+def test_grid_and_interpolation_lie_next_to_the_folder_of_faces(params, tmp_path, capsys):
     out = tmp_path / "faces"
     generator.main(["--params", str(params), "--outdir", str(out), "--seeds", "0-4,9", "--grid", "--interpolate"])
-    names = sorted(path.name for path in out.iterdir())
-    assert names == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)] + ["grid.png", "interpolation.gif"]
+    assert sorted(path.name for path in out.iterdir()) == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)]
+    assert len(find_images(out)) == len(DataGenerater(out, None, in_memory=True)) == 6  # evaluate.py reads the folder
     face = next(generator.sample(generator.load_generator(params), [9]))[0].permute(1, 2, 0)
     assert abs(np.asarray(Image.open(out / "00000009.png")).astype(int) - face.numpy()).max() <= 1
-    with Image.open(out / "interpolation.gif") as animation:
-        assert animation.n_frames > 100 and animation.size == (68, 68)
+    grid, animation = tmp_path / "faces_grid.png", tmp_path / "faces_interpolation.gif"
+    assert capsys.readouterr().out.endswith(f"in {out}, grid in {grid}, interpolation in {animation}\n")
+    with Image.open(grid) as image:
+        assert image.size == (2 + 6 * 66, 2 + 66)
+    with Image.open(animation) as image:
+        assert image.n_frames > 100 and image.size == (68, 68)
+
+
+@pytest.mark.parametrize("outdir, grid", [
+    (".", "../work_grid.png"), ("x/", "x_grid.png"), ("a/x.y/", "a/x.y_grid.png"), ("a/..", "../work_grid.png"),
+])
+def test_the_grid_of_any_outdir_has_its_name(tmp_path, monkeypatch, outdir, grid):
+    (tmp_path / "work" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert generator.path_next_to(Path(outdir), "_grid.png").resolve() == Path(grid).resolve()
+    with pytest.raises(UserError, match="--outdir"):
+        generator.path_next_to(Path(Path.cwd().anchor), "_grid.png")
 
 
 def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path):
@@ -106,10 +122,21 @@ def test_bf16_gives_nearly_the_same_faces(tmp_path):
     assert (fp32 != bf16).any() and abs(fp32 - bf16).mean() < 0.5  # of 255
 
 
-def test_nothing_is_overwritten_without_the_flag(params, run_script, refused):
-    assert run_script("generator.py", "--params", params, "--seeds", "3").returncode == 0
-    refused(run_script("generator.py", "--params", params, "--seeds", "3"), "00000003.png", "--overwrite")
-    assert run_script("generator.py", "--params", params, "--seeds", "3", "--overwrite").returncode == 0
+def test_nothing_is_overwritten_without_the_flag(params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--params", str(params), "--seeds", "3-4", "--grid", "--interpolate"]
+    generator.main(flags)
+    for name in ("faces/00000004.png", "faces_grid.png", "faces_interpolation.gif"):
+        written = Path(name).read_bytes()
+        Path(name).write_text("mine")
+        others = [path for path in tmp_path.rglob("faces*/*") if path != tmp_path / name]
+        for path in {*others, *tmp_path.glob("faces_*")} - {tmp_path / name}:
+            path.unlink()
+        with pytest.raises(UserError, match=f"{name} exists; choose another --outdir, or pass --overwrite"):
+            generator.main(flags)
+        assert Path(name).read_text() == "mine"
+        generator.main([*flags, "--overwrite"])
+        assert Path(name).read_bytes() == written
 
 
 def test_out_of_memory_error_names_the_flag_to_lower(params, monkeypatch):
