@@ -2,7 +2,7 @@
 
     python evaluate.py                                         # your generator, or a pretrained one, and data/64/test
     python evaluate.py --params runs/128/generator.params --repeats 5 --neighbours neighbours.png
-    python evaluate.py --images faces --real data/64/test      # two folders, or .npz statistics
+    python evaluate.py --images faces --real data/64/test      # two folders, or .npz of images or statistics
     python evaluate.py --inception tf2015                      # the network that most papers use
     torchrun --nproc-per-node 4 -- evaluate.py --num 10000     # four GPUs share the images
 
@@ -25,13 +25,13 @@ from generator import TRAINED, default_params, load_generator, sample
 from network import Generator
 from support import statistics
 from support.cli import HelpFormatter, int_at_least, run
-from support.comparison import compare, compare_training_images, report, save_result, warn
+from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
 from support.devices import DTYPES
 from support.distributed import gather, is_first_rank, join_ranks, leave_ranks, my_share
-from support.files import UserError
-from support.images import image_grid, save_image
+from support.files import OVERWRITE_HELP, UserError, check_outputs
 from support.inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
-from support.metrics import frechet_distance, nearest
+from support.metrics import frechet_distance
+from support.npz_images import NpzImages, holds_statistics, read_npz_images
 
 
 @dataclass
@@ -51,15 +51,15 @@ class Extractor:
         faces = sample(netG, my_share(seeds), self.batch_size)
         return self.metadata | statistics.measure(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
 
-    def of_folder(self, folder: Path, num: int | None = None) -> dict:
+    def of_images(self, folder: Path, num: int | None = None) -> dict:
         """Statistics of `num` images in `folder`, or of all. The cache keeps them until the images change."""
-        dataset = DataGenerater(folder, image_size=None)
+        dataset = open_images(folder)
         if num and num > len(dataset):
             raise UserError(f"--num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
         statistics.refuse_mismatch({"resolution": dataset.image_size}, self.metadata, folder)
         indices, split = statistics.choose(len(dataset), num), {"split": folder.name}
         paths = [dataset.paths[i] for i in indices]
-        path = statistics.cache_path(self.cache, paths, folder, self.metadata | split)
+        path = statistics.cache_path(self.cache, paths, dataset.root, self.metadata | split)
 
         def measure() -> dict:
             batches = read_batches(dataset, my_share(indices), self.batch_size)
@@ -69,13 +69,21 @@ class Extractor:
 
     def of_path(self, path: Path, num: int | None = None) -> dict:
         """Statistics of a folder or an .npz file."""
-        if path.suffix != ".npz":
-            return self.of_folder(path, num)
+        if not holds_statistics(path):
+            return self.of_images(path, num)
         stats = statistics.load_statistics(path)
         statistics.refuse_mismatch(stats, self.metadata, path)
         if "network" not in stats and is_first_rank():
-            print(f"note: {path} does not say how it was measured: make sure that it was as below", file=sys.stderr)
+            message = f"{path} does not say how it was measured: make sure that both sides were measured alike"
+            print(f"note: {message}", file=sys.stderr)
         return stats
+
+
+def open_images(path: Path) -> DataGenerater | NpzImages:
+    """The images in a folder or an .npz file. Raises UserError for other files, and for statistics."""
+    if holds_statistics(path):
+        raise UserError(f"{path} holds statistics; give a folder or an .npz of images")
+    return read_npz_images(path, path.stat().st_mtime_ns) if path.is_file() else DataGenerater(path, image_size=None)
 
 
 def load_extractor(args: argparse.Namespace, device: torch.device, image_size: int | None) -> Extractor:
@@ -94,9 +102,9 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
     """
     args = parse_args(flags)
     folder = args.real or args.dataroot / str(image_size) / "test"
-    num = min(args.num or 1000, len(find_images(folder)))
+    num = min(args.num or 1000, len(open_images(folder)))
     extractor = load_extractor(args, device, image_size)
-    real = extractor.of_folder(folder, num)
+    real = extractor.of_images(folder, num)
 
     def score(netG: Generator) -> float:
         fake = extractor.of_generator(netG, range(args.seed, args.seed + num))
@@ -105,22 +113,14 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
     return score
 
 
-def draw_neighbours(fakes: torch.Tensor, features: torch.Tensor, train: dict, folder: Path, path: Path) -> None:
-    """A picture with a row for each fake: the fake and the 7 training images nearest to it in feature space."""
-    dataset, rows = DataGenerater(folder, image_size=None), []
-    for fake, indices in zip(fakes, nearest(features[: len(fakes)], train["features"], 7)):
-        rows.append(torch.cat([fake[None], dataset.__getitems__(indices.tolist())]))
-    save_image(image_grid(torch.cat(rows), columns=len(rows[0])), path)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
     group = parser.add_argument_group("images")
     fake, add = group.add_mutually_exclusive_group(), group.add_argument
     fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
-    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or .npz statistics")
-    add("--real", type=Path, help="real images, a folder or .npz statistics (default: <dataroot>/<size>/test)")
+    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or an .npz of images or statistics")
+    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/test)")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
     add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
@@ -134,19 +134,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--infinity", action="store_true", help="also extrapolate FID to infinitely many faces")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the result with everything that it depends on")
-    add("--save-stats", type=Path, metavar="NPZ", help="write the statistics of the real images")
+    add("--save-stats", type=statistics.npz_path, metavar="NPZ", help="write the statistics of the real images")
     add("--neighbours", type=Path, metavar="PNG", help="draw faces next to the most similar training images")
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
     add("--batch-size", type=int_at_least(1), default=16, help="images to measure at a time; 64 and more suit a GPU")
     args = parser.parse_args(argv)
-    if args.neighbours and args.neighbours.suffix != ".png":
+    if args.neighbours and args.neighbours.suffix.lower() != ".png":
         parser.error("--neighbours draws a .png")
     if args.images and args.repeats > 1:
         parser.error("--repeats draws faces: it goes with --params, not with --images")
-    if args.images and args.images.suffix == ".npz" and (args.infinity or args.neighbours or args.num):
-        parser.error("--infinity, --neighbours and --num need images, which an .npz does not hold")
     return args
 
 
@@ -163,38 +162,37 @@ class Inputs:
 
 def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     """Load the generator and find the images. Raises UserError for anything that would fail after the measurement."""
-    for path in filter(None, (args.save_stats, args.json, args.neighbours)):
-        if path.exists():
-            raise UserError(f"{path} exists; remove it or choose another name")
-        if not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} for {path.name}; make it or choose another")
+    outputs = {"--save-stats": args.save_stats, "--json": args.json, "--neighbours": args.neighbours}
+    check_outputs(outputs, args.overwrite, inputs=(args.params, args.images, args.real, args.weights))
     args.params = args.params if args.images else args.params or default_params()
     netG = None if args.images else load_generator(args.params, device)
     if netG:
         resolution = netG.image_size
-    elif args.images.suffix == ".npz":
+    elif holds_statistics(args.images):
+        if args.infinity or args.neighbours or args.num:
+            raise UserError(f"{args.images} holds statistics, but --infinity, --neighbours and --num need images")
         resolution = statistics.load_statistics(args.images).get("resolution")
     else:
-        resolution = DataGenerater(args.images, None).image_size
+        resolution = open_images(args.images).image_size
     real = args.real or args.dataroot / str(resolution) / "test"
     train = real.with_name("train")
     train = train if train.is_dir() and real.is_dir() and real.name != "train" else None
     if args.neighbours and not train:
         raise UserError(f"--neighbours needs a folder train next to {real}; give another --real")
-    if real.suffix != ".npz":
-        find_images(real)  # before anything is downloaded
+    if not holds_statistics(real):
+        open_images(real)  # before anything is downloaded
     return Inputs(netG, args.images or args.params, real, train, resolution)
 
 
 def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[dict], dict | None]:
     """Statistics of the real images, of each draw of generated images, and of training images, if they are needed."""
-    if all(path.suffix == ".npz" for path in (inputs.real, inputs.fake)):
+    if not inputs.netG and holds_statistics(inputs.real) and holds_statistics(inputs.fake):
         extractor = Extractor(None, {}, args.batch_size, args.dataroot)
     else:
         extractor = load_extractor(args, device, inputs.resolution)
     real, train = extractor.of_path(inputs.real), None
     num = args.num or (real.get("n", 10_000) if inputs.netG else None)
-    if args.infinity and (n := num or len(find_images(args.images))) < 2 * args.dims:
+    if args.infinity and (n := num or len(open_images(args.images))) < 2 * args.dims:
         raise UserError(f"--infinity needs {2 * args.dims:,} generated images at --dims {args.dims}, not {n:,}")
     if inputs.netG:
         starts = range(args.seed, args.seed + num * args.repeats, num)
@@ -204,7 +202,7 @@ def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> t
         statistics.refuse_mismatch(fakes[0], real, args.images)
     if inputs.train and (args.floor or args.neighbours):
         n_train = None if args.neighbours else min(fakes[0].get("n", 10_000), len(find_images(inputs.train)))
-        train = extractor.of_folder(inputs.train, n_train)
+        train = extractor.of_images(inputs.train, n_train)
     return real, fakes, train
 
 
@@ -217,9 +215,9 @@ def write_outputs(result: dict, inputs: Inputs, args: argparse.Namespace, real: 
         if inputs.netG:
             shown = next(sample(inputs.netG, range(args.seed, args.seed + 8)))
         else:
-            dataset = DataGenerater(args.images, image_size=None)
+            dataset = open_images(args.images)
             shown = dataset.__getitems__(statistics.choose(len(dataset), args.num)[:8])
-        draw_neighbours(shown, fake["features"], train, inputs.train, args.neighbours)
+        draw_neighbours(shown, fake["features"], train["features"], open_images(inputs.train), args.neighbours)
     if args.json:
         save_result(result, args)
 
@@ -234,11 +232,11 @@ def main(argv: list[str] | None = None) -> None:
             return
     finally:
         leave_ranks()
-    result = {name: fakes[0].get(name, real.get(name, "unknown")) for name in statistics.IDENTITY}
+    result = {name: fakes[0].get(name, real.get(name)) for name in statistics.IDENTITY}
     result |= {"real": str(inputs.real), "fake": str(inputs.fake)} | compare(real, fakes, args.infinity)
     if train and args.floor:
         result |= compare_training_images(real, train, result["n_fake"] or train["n"])
-    warn(result["n_real"], result["n_fake"])
+    warn(result["n_real"], result["n_fake"], result["dims"])
     write_outputs(result, inputs, args, real, fakes[0], train)
     print(report(result))
 

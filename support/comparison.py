@@ -1,4 +1,4 @@
-"""Statistics of real and of generated images -> the result of evaluate.py, in numbers and in words.
+"""Statistics of real and of generated images -> the result of evaluate.py, in numbers, words and a picture.
 
     result = compare(real, [fake], infinity=False)          # statistics as in support/statistics.py
     print(report(metadata | result))
@@ -8,14 +8,17 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
 import torch
+from torch import Tensor
 
 from support.files import atomic_write
-from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, precision_and_recall
+from support.images import image_grid, save_image
+from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
 from support.statistics import choose
 
 
@@ -41,12 +44,12 @@ def compare_training_images(real: dict, train: dict, n: int) -> dict:
     return {"floor": fid, "n_floor": len(some)}
 
 
-def warn(n_real: int | None, n_fake: int | None) -> None:
-    """Warn about numbers of images that bias FID."""
+def warn(n_real: int | None, n_fake: int | None, dims: int) -> None:
+    """Warn about numbers of images that bias FID. They are None where a file of statistics does not say them."""
     for side, n in (("real", n_real), ("generated", n_fake)):
-        if n and n < 2048:
+        if n and n < dims:
             print(
-                f"warning: {n:,} {side} images are fewer than 2,048: the covariance is rank-deficient at 2,048 dims, "
+                f"warning: {n:,} {side} images are fewer than the {dims:,} dims: their covariance is rank-deficient, "
                 "and FID is biased upwards; compare it only with one of equal numbers",
                 file=sys.stderr,
             )
@@ -56,12 +59,22 @@ def warn(n_real: int | None, n_fake: int | None) -> None:
 
 
 def report(result: dict) -> str:
-    """The result in words, with everything that it depends on. The last line is the FID."""
+    """The result in words, with everything known that it depends on. The last line is the FID."""
     name = "FID" if result["dims"] == 2048 else f"FID-{result['dims']}"
-    lines = [
-        "{real}: {n_real} real images; {fake}: {n_fake} generated images; both {resolution}x{resolution}",
-        "{network}, {dims} features, resize {resize}, {dtype}, weights of SHA-256 {weights_sha256:.16}...",
+    known = {field for field, value in result.items() if value is not None}
+    first = [
+        "{real}: {n_real} real images" if "n_real" in known else "{real}: real images",
+        "{fake}: {n_fake} generated images" if "n_fake" in known else "{fake}: generated images",
     ]
+    first += ["both {resolution}x{resolution}"] * ("resolution" in known)
+    second = {
+        "network": "{network}",
+        "dims": "{dims} features",
+        "resize": "resize {resize}",
+        "dtype": "{dtype}",
+        "weights_sha256": "weights of SHA-256 {weights_sha256:.16}...",
+    }
+    lines = ["; ".join(first), ", ".join(text for field, text in second.items() if field in known)]
     if "fid_95" in result:
         lines.append(name + " {fid:.4f}: mean of {n_repeats} draws, 95 % interval {fid_95[0]:.4f} to {fid_95[1]:.4f}")
     if "fid_infinity" in result:
@@ -72,6 +85,14 @@ def report(result: dict) -> str:
         lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
         lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
     return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
+
+
+def draw_neighbours(fakes: Tensor, features: Tensor, train_features: Tensor, train: Sequence, path: Path) -> None:
+    """A picture with a row for each of `fakes`: the fake and the 7 images of `train` nearest to it in feature space."""
+    rows = []
+    for fake, indices in zip(fakes, nearest(features[: len(fakes)], train_features, 7)):
+        rows.append(torch.cat([fake[None], train.__getitems__(indices.tolist())]))
+    save_image(image_grid(torch.cat(rows), columns=len(rows[0])), path)
 
 
 def save_result(result: dict, args: argparse.Namespace) -> None:

@@ -57,6 +57,20 @@ def refuse_existing(targets: Iterable[Path], overwrite: bool, flag: str) -> None
             raise UserError(f"{printable(path)} exists; choose another {flag}, or pass --overwrite to replace it")
 
 
+def check_outputs(targets: dict[str, Path | None], overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError unless each path of `targets`, by its flag, can become a file that replaces no input."""
+    named = {flag: path for flag, path in targets.items() if path}
+    for flag, path in named.items():
+        refuse_existing([path], overwrite, flag)
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder {printable(path.parent)} for {flag} {printable(path.name)}; make it")
+        if any(other and other.exists() and path.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"{flag} {printable(path)} is an input of the same command; choose another {flag}")
+        same = next(other for other in named if named[other].resolve() == path.resolve())
+        if same != flag:
+            raise UserError(f"{same} and {flag} both write {printable(path)}; choose another {flag}")
+
+
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = False):
     """Yield a binary file that replaces `path` when the block ends without an exception, and vanishes otherwise.

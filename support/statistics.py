@@ -60,6 +60,12 @@ def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
             )
 
 
+def npz_path(text: str) -> Path:
+    """An argparse type: a path that ends in .npz. numpy.load and this repository know the format by that name."""
+    path = Path(text)
+    return path if path.suffix.lower() == ".npz" else path.with_name(f"{path.name}.npz")
+
+
 def save_statistics(stats: dict, path: Path) -> None:
     """Write an .npz of mu and sigma with their metadata. Raises UserError."""
     with atomic_write(path) as file:
