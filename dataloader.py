@@ -78,7 +78,8 @@ def explain_unreadable(root: Path, paths: Sequence[Path]) -> str:
             pass
     if not bad:
         return ""
-    again = " and run preprocess.py again" if all(is_crop_folder(path.absolute().parents[1]) for path in bad) else ""
+    are_crops = all(is_crop_folder(path.absolute().parent.parent) for path in bad)
+    again = " and run preprocess.py again" if are_crops else ""
     if len(bad) == 1:
         return f"{reasons[0]}; remove it{again}"
     shown = "; ".join(reasons[:SHOWN] + ["..."] * (len(bad) > SHOWN))

@@ -109,9 +109,7 @@ def assign_splits(src: Path | None, photos: list[Photo], given: Path | None = No
     The split is that of the list `given`, or of the first list of find_lists() that names any of the photos, and
     hash_split() otherwise. Raises UserError where the list `given` names none.
     """
-    lists = find_lists(src, photos) if src else []
-    if given:
-        lists = [Photo(f"--partition {given}", str(given))]
+    lists = [Photo(f"--partition {given}", str(given))] if given else find_lists(src, photos) if src else []
     paths = {file.where for file in lists}
     photos = [photo for photo in photos if photo.where not in paths]
     for file in lists:
