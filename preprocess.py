@@ -47,18 +47,14 @@ class Result(NamedTuple):
     reason: str
 
 
-def find_photos(args: argparse.Namespace) -> list[Photo]:
-    """The photos of SRC, or the faces to draw, each with its split and name or a reason to leave it out."""
-    if args.demo:
-        photos = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo)]
-    else:
-        photos = list_photos(args.src, args.dataroot)
+def find_photos(args: argparse.Namespace) -> tuple[list[Photo], str]:
+    """(photos of SRC or faces to draw, with split and name or a reason to leave them out; how they were split)."""
+    faces = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo or 0)]
+    photos = faces or list_photos(args.src, args.dataroot)
     photos, how = assign_splits(args.src, photos, args.partition)
     if not photos:
         raise UserError(f"SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
-    counts = Counter(photo.split for photo in photos if not photo.reason)
-    print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]) or "no photos")
-    return photos
+    return photos, how
 
 
 def list_crops(args: argparse.Namespace) -> dict[tuple[int, str], str]:
@@ -81,7 +77,7 @@ def list_crops(args: argparse.Namespace) -> dict[tuple[int, str], str]:
     return crops
 
 
-def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
+def find_missing(args: argparse.Namespace, photos: list[Photo], how: str) -> list[Photo]:
     """The same photos, each with the sizes whose crop is missing. Raises UserError where a photo changes its split."""
     crops = list_crops(args)
     for size in args.sizes:
@@ -92,7 +88,7 @@ def find_missing(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
             if old != photo.split and not photo.reason:
                 folder = args.dataroot / str(size)
                 raise UserError(f"{printable(photo.name)}.png is in {folder / old} already and would now be in "
-                                f"{photo.split}; give the same --partition as before, or remove {folder}")
+                                f"{photo.split}, {how}; give the same --partition as before, or remove {folder}")
     return [p._replace(todo=tuple(size for size in args.sizes if (size, p.name) not in crops)) for p in photos]
 
 
@@ -231,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give one of SRC (a folder of photos or a .zip), --demo N or --download")
     if args.download:
         args.src = download(args.dataroot)
-    photos = find_missing(args, find_photos(args))
+    photos, how = find_photos(args)
+    photos = find_missing(args, photos, how)
     start = time.perf_counter()
     try:
         todo = [photo for photo in photos if photo.todo and not photo.reason]
@@ -243,6 +240,9 @@ def main(argv: list[str] | None = None) -> None:
         open_zip.cache_clear()
     seconds = time.perf_counter() - start
     write_skipped(args, photos, results)
+    counts = Counter(photo.split for photo in photos if not photo.reason)
+    counts -= Counter(result.photo.split for result in results if result.reason)
+    print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]))
     print(summary(args, photos, results, seconds))
 
 

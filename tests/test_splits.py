@@ -116,6 +116,16 @@ def test_the_line_about_the_split_names_a_list_that_names_no_photo(tmp_path, con
     assert "src/list_eval_partition.csv: 1 train" in capsys.readouterr().out.replace("\\", "/")
 
 
+def test_the_line_about_the_split_counts_the_photos_that_give_crops(tmp_path, convert, capsys):
+    (tmp_path / "src" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "src" / "notes.txt").write_text("no photo")
+    gradient(20, 20).save(tmp_path / "src" / "small.png")
+    convert()
+    convert()  # also when the crop is there already
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[2] == "split by a hash of the names: 1 train"
+
+
 @pytest.mark.parametrize("content", [
     "\ufeff1.jpg 2\r\n2.jpg 0\r\n".encode(),
     "1.jpg 2\r\n2.jpg 0\r\n".encode("utf-16"),
