@@ -9,22 +9,25 @@ Images stay uint8 until they are on the device: that takes a quarter of the memo
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from support.cli import count_cores
-from support.devices import can_start_workers
 from support.files import UserError, printable
 from support.folders import is_crop_folder, walk_files
 from support.photos import RARE_SUFFIXES, SUFFIXES, read_rgb
+from support.workers import iterate_in_processes
 
 CHUNK = 128  # images that a decoding process hands over at a time
 SHOWN = 3  # files that a message names
@@ -137,11 +140,12 @@ class DataGenerater(Dataset):
     def decode_all(self) -> None:
         """Decode every file once, with all cores, and keep the pixels in memory."""
         # Processes, not threads: Pillow holds the interpreter's lock while it decodes.
-        several = len(self) > 8 * CHUNK and can_start_workers()
+        workers = min(count_cores(), 16) if len(self) > 8 * CHUNK else 0
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
         parts = torch.arange(len(self)).split(CHUNK)
-        batches = load_batches(self, [part.tolist() for part in parts], min(count_cores(), 16) if several else 0)
-        with tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None) as bar:
+        batches = load_batches(self, [part.tolist() for part in parts], workers)
+        bar = tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None)
+        with closing(batches), bar:
             for part, batch in zip(images.split(CHUNK), batches):
                 part.copy_(batch)
                 bar.update(len(batch))
@@ -152,34 +156,28 @@ class DataGenerater(Dataset):
         if self.images is not None:
             return hashlib.sha256(self.images.numpy()).hexdigest()
         files = (f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n" for path in self.paths)
-        return hashlib.sha256("".join(files).encode(errors="surrogateescape")).hexdigest()
+        return hashlib.sha256(os.fsencode("".join(files))).hexdigest()
 
 
-class ErrorsAsValues(Dataset):
-    """Batches of a dataset, or the UserError that reading one raises. DataLoader would turn it into a traceback."""
-
-    def __init__(self, dataset: DataGenerater):
-        self.dataset = dataset
-
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor | UserError:
-        try:
-            return self.dataset.__getitems__(indices)
-        except UserError as error:
-            return error
+def read_pixels(dataset: DataGenerater, indices: Sequence[int]) -> np.ndarray:
+    """The images uint8 (N,3,S,S) of `indices`. It computes in NumPy, since torch's threads do not survive a fork."""
+    pixels = np.empty((len(indices), 3, dataset.image_size, dataset.image_size), np.uint8)
+    return np.stack([dataset[index].numpy() for index in indices], out=pixels)
 
 
 def load_batches(dataset: DataGenerater, batches: list, workers: int, pin_memory: bool = False) -> Iterator:
-    """The images uint8 (N,3,S,S) of each list of indices in `batches`, read by `workers` processes."""
-    options = {"collate_fn": keep_batch, "num_workers": workers, "pin_memory": pin_memory}
-    for batch in DataLoader(ErrorsAsValues(dataset), batch_sampler=batches, **options):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    """The images uint8 (N,3,S,S) of each list of indices in `batches`, read by `workers` processes.
 
-
-def keep_batch(batch: torch.Tensor) -> torch.Tensor:
-    """A collate_fn for batches that are tensors already. Not a lambda: worker processes may have to pickle it."""
-    return batch
+    Raises the UserErrors of `dataset`, and one when a worker process dies.
+    """
+    if workers:
+        remedy = "free some memory and run the same command again; train.py goes on by --resume"
+        read = iterate_in_processes(partial(read_pixels, dataset), batches, workers, remedy, ahead=2 * workers)
+        images = map(torch.from_numpy, read)
+    else:
+        images = map(dataset.__getitems__, batches)
+    for batch in images:
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def make_loader(
@@ -197,12 +195,11 @@ def make_loader(
 
     The order depends on (seed, epoch) alone, so that a resumed training continues with the same batches. An epoch
     leaves out the images that do not fill a batch. Each of `world_size` processes gets its own part of every batch.
-    `workers` processes read the files. None starts when the images are in memory or the system cannot start any.
+    `workers` processes read the files. None starts when the images are in memory.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
     batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[first_batch:, rank::world_size]
-    workers = workers if dataset.images is None and can_start_workers() else 0
-    return load_batches(dataset, batches.tolist(), workers, pin_memory)
+    return load_batches(dataset, batches.tolist(), workers if dataset.images is None else 0, pin_memory)
 
 
 def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:

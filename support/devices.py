@@ -5,7 +5,6 @@
 """
 
 import ctypes
-import multiprocessing
 import os
 import re
 import sys
@@ -80,13 +79,3 @@ def fits_in_memory(n: int, image_size: int) -> bool:
     except (AttributeError, OSError, ValueError):
         memory = 8 * 2**30
     return 3 * image_size**2 * n < memory / 2
-
-
-def can_start_workers() -> bool:
-    """Whether processes can share memory and locks. In a container without /dev/shm they cannot."""
-    try:
-        torch.zeros(1).share_memory_()
-        multiprocessing.Lock()
-    except (OSError, RuntimeError):
-        return False
-    return True

@@ -1,16 +1,20 @@
 """Work spread over processes that end with their parent. Imports no torch.
 
     crops = map_in_processes(make_crop, photos, workers=8, label="preprocess")
+    for batch in iterate_in_processes(read_batch, batches, workers=8, remedy="lower --workers"): ...
+
+Items and results travel as bytes through pipes. That needs no shared memory, which containers limit.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 
 from tqdm import tqdm
@@ -18,11 +22,14 @@ from tqdm import tqdm
 from support.files import UserError
 
 MAX_WORKERS = 61  # Windows allows no more
+CHUNK = 8  # items that a worker of map_in_processes() gets at a time
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end when the parent ends, even by kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave what a terminal sends to the parent process, and end when the parent ends, even by kill -9."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -30,19 +37,46 @@ def start_worker() -> None:
 def map_in_processes(work: Callable, items: Sequence, workers: int, label: str) -> list:
     """[work(item) for item in items], in `workers` processes and with a progress bar.
 
-    This process does all the work for fewer than 32 items, and on systems without semaphores (no /dev/shm). Raises
-    UserError when a worker process is killed.
+    This process does all the work for fewer than 32 items. Raises UserError when a worker process dies.
     """
-    bar, pool = partial(tqdm, unit="img", desc=label, disable=None), None
-    if workers > 1 and len(items) >= 32:
+    workers = workers if workers > 1 and len(items) >= 32 else 0
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK if workers else 1)]
+    remedy = "run the same command again, perhaps with fewer --workers: what was written stays"
+    parts, results = iterate_in_processes(partial(work_on_chunk, work), chunks, workers, remedy), []
+    with closing(parts), tqdm(total=len(items), unit="img", desc=label, disable=None) as bar:
+        for part in parts:
+            results += part
+            bar.update(len(part))
+    return results
+
+
+def work_on_chunk(work: Callable, chunk: Sequence) -> list:
+    return [work(item) for item in chunk]
+
+
+def iterate_in_processes(
+    work: Callable, items: Sequence, workers: int, remedy: str, ahead: int | None = None
+) -> Iterator:
+    """Yield work(item) of each item, in order. `workers` processes compute up to `ahead` results in advance.
+
+    This process does the work when `workers` is 0, and on systems without semaphores (no /dev/shm). Raises the errors
+    of work(), and a UserError that ends in `remedy` when a worker process dies.
+    """
+    pool, coming = None, deque()
+    if workers and items:
         with suppress(OSError):
-            pool = ProcessPoolExecutor(min(workers, MAX_WORKERS), initializer=start_worker)
+            pool = ProcessPoolExecutor(min(workers, len(items), MAX_WORKERS), initializer=start_worker)
     if pool is None:
-        return [work(item) for item in bar(items)]
+        yield from map(work, items)
+        return
     try:
-        return list(bar(pool.map(work, items, chunksize=8), total=len(items)))
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?); run the same command again, perhaps with fewer "
-                        "--workers: what was written stays") from None
+        for item in items:
+            coming.append(pool.submit(work, item))
+            if ahead and len(coming) > ahead:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    except (BrokenProcessPool, MemoryError):
+        raise UserError(f"a worker process was killed (out of memory?); {remedy}") from None
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, the chunks in progress end within a second or so
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, the items in progress end within a second or so
