@@ -12,6 +12,11 @@ on the number of images, the network and the resize, so quote them with it. The 
 recall, and the FID of real training images, which a perfect generator would reach.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
 import argparse
 import sys
 from collections.abc import Callable

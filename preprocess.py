@@ -13,6 +13,11 @@ sorted order gives a.png and the others get a hash in their name. The split is C
 .csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
 import argparse
 import errno
 import os
@@ -238,12 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         open_zip.cache_clear()
-    seconds = time.perf_counter() - start
     write_skipped(args, photos, results)
     counts = Counter(photo.split for photo in photos if not photo.reason)
     counts -= Counter(result.photo.split for result in results if result.reason)
     print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]))
-    print(summary(args, photos, results, seconds))
+    print(summary(args, photos, results, time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,17 @@
 """
 
 import argparse
+import errno
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
-from support.files import UserError
+from support.files import UserError, printable
 
 LARGEST = 2**48  # flags are added and multiplied, and must stay within the 64 bits of torch's seeds
 
@@ -67,11 +71,65 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Output:
+    """A standard stream that does not end the program: characters outside its encoding become backslash escapes.
+
+    Nothing is written any more after its reader has gone (`| head`, a closed terminal). With `required`, another error
+    such as a full disk raises UserError.
+    """
+
+    def __init__(self, stream: TextIO, required: bool):
+        self.stream, self.required = stream, required
+        with suppress(AttributeError, OSError):  # a stream that somebody has replaced
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            with open(os.devnull, "wb") as devnull:  # takes what is still in the buffer, also at exit
+                os.dup2(devnull.fileno(), self.stream.fileno())
+            # Windows reports EINVAL for a pipe that nobody reads.
+            if self.required and error.errno not in (errno.EPIPE, errno.EIO, errno.EINVAL):
+                raise UserError(f"cannot write the output: {error.strerror}; send it elsewhere") from None
+
+
+def set_up_streams() -> None:
+    """Make stdout and stderr safe to write to. A stream that was closed (`2>&-`) becomes os.devnull."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # in the order of their numbers, which no other file gets then
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    sys.stdout, sys.stderr = Output(sys.stdout, required=True), Output(sys.stderr, required=False)
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end this process at once and without a traceback: in a script's imports, until run() is called."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not when a shell has made it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main(). A UserError prints one line and exits with 1, Ctrl-C exits with 130."""
+    """Call a script's main(). A UserError prints one line and exits with 1, Ctrl-C exits with 130, silently."""
+    set_up_streams()
     try:
-        main()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
+        end_on_ctrl_c()  # a second Ctrl-C while threads end
         sys.exit(130)

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -109,7 +110,8 @@ def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         info = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+        entry = f"{path.relative_to(root).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n"
+        digest.update(os.fsencode(entry))  # names may not be UTF-8
     return digest.hexdigest()
 
 
