@@ -12,6 +12,11 @@ checkpoint_previous.pt, log.jsonl, losses.png, args.json, samples/ (a grid each 
 adds generator_best.params (the EMA weights of the lowest FID) and fid.png.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
 import argparse
 import copy
 import shlex
@@ -22,7 +27,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from tqdm import tqdm
 
@@ -38,9 +42,9 @@ from support.cuda_graph import CudaGraph
 from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, set_up_device
 from support.ema import recalibrate_batchnorm, update_ema
 from support.files import UserError, cannot_write
-from support.images import image_grid, save_animation, save_image
+from support.images import image_grid, save_image
 from support.seeding import latents, step_augmentations, step_latents
-from support.training_log import Throughput, continue_log, log_row, read_log, save_curves
+from support.training_log import Throughput, continue_log, log_row, next_commands, read_log, save_summary
 from support.weights import save_tensors
 
 NETWORKS = {64: network, 128: network_128}
@@ -262,31 +266,23 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
             if stop := train_epoch(state, setup, epoch):
                 break
         if first_rank and stop:
-            print(f"\nstopped at step {state.step}; go on with --resume --outdir {args.outdir}", file=sys.stderr)
+            flags = shlex.join(["--resume", "--outdir", str(args.outdir)])
+            print(f"\nstopped at step {state.step}; go on with {flags}", file=sys.stderr)
         elif first_rank:
-            finish(args)
+            save_summary(args.outdir)
+            print(next_commands(args.outdir, args.dataroot))
     finally:
         for file in filter(None, (log, lock)):
             file.close()
     return stop
 
 
-def finish(args: argparse.Namespace) -> None:
-    """Draw the pictures of a whole training, and print the commands to run next."""
-    save_curves(args.outdir)
-    grids = [Image.open(path).convert("RGB") for path in sorted((args.outdir / "samples").glob("epoch_*.png"))]
-    save_animation(grids, args.outdir / "training.gif", milliseconds=400)
-    params = args.outdir / "generator.params"
-    print(f"\ntrained: {params}; look at {args.outdir / 'samples'}; next:")
-    print(f"  python generator.py --params {params} --grid --interpolate")
-    print(f"  python evaluate.py --params {params} --dataroot {args.dataroot}")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.join_ranks(args.device)
     try:
-        with explain_out_of_memory("lower --batch-size, or --ngf and --ndf"), distributed.explain_lost_rank():
+        remedy = "lower --batch-size, or --ngf and --ndf"
+        with explain_out_of_memory(remedy), distributed.explain_lost_rank("go on by --resume"):
             stop = train(args, device)
     except OSError as error:
         raise cannot_write(Path(error.filename or args.outdir), error) from None

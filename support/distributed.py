@@ -61,13 +61,13 @@ def wait_for_ranks() -> None:
 
 
 @contextmanager
-def explain_lost_rank():
-    """Turn the error that the end of another process causes into a UserError."""
+def explain_lost_rank(remedy: str):
+    """Turn the error that the end of another process causes into a UserError that ends in `remedy`."""
     try:
         yield
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            raise UserError("another process of this training has ended; go on by --resume") from None
+            raise UserError(f"another process has ended; {remedy}") from None
         raise
 
 
@@ -97,17 +97,23 @@ def average_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that receives the first SIGINT or SIGTERM. A second one ends the process at once."""
+    """A list that receives the first SIGINT, SIGTERM or SIGHUP. A second SIGINT or SIGTERM ends the process at once.
+
+    Signals that are ignored stay ignored, such as SIGHUP under `nohup`.
+    """
     caught = []
     _, world_size = rank_and_world_size()
 
     def catch(number: int, _frame) -> None:
         caught.append(number)
-        if world_size == 1:  # torchrun repeats what the terminal has already sent to each process
+        # A closed terminal sends SIGHUP twice, and torchrun repeats what the terminal has sent to each process.
+        if world_size == 1 and number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
 
 

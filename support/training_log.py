@@ -1,4 +1,4 @@
-"""log.jsonl, the log of a training: losses, D(x), D(G(z)) and speed, and the curves drawn from it.
+"""log.jsonl, the log of a training: losses, D(x), D(G(z)) and speed, and the pictures of a finished training.
 
     row = log_row(state, args, epoch=1, steps=20, throughput=throughput, log=file)
     rows = read_log(Path("runs/64/log.jsonl"))
@@ -6,17 +6,19 @@
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from PIL import Image
 from tqdm import tqdm
 
 from support.checkpoint import TrainState, name_last_checkpoint
 from support.files import atomic_write
-from support.images import save_plot
+from support.images import save_animation, save_plot
 
 
 class Throughput:
@@ -91,10 +93,20 @@ def continue_log(path: Path, step: int) -> TextIO:
     return path.open("a")
 
 
-def save_curves(outdir: Path) -> None:
-    """Draw losses.png, and fid.png where FIDs were measured."""
+def save_summary(outdir: Path) -> None:
+    """Draw losses.png, fid.png where FIDs were measured, and training.gif of a finished training."""
     rows = read_log(outdir / "log.jsonl")
     save_plot(rows, {"loss_d": "#1f77b4", "loss_g": "#d62728"}, outdir / "losses.png")
     measured = [row for row in rows if "fid" in row]
     if measured:
         save_plot(measured, {"fid": "#2ca02c"}, outdir / "fid.png")
+    grids = [Image.open(path).convert("RGB") for path in sorted((outdir / "samples").glob("epoch_*.png"))]
+    save_animation(grids, outdir / "training.gif", milliseconds=400)
+
+
+def next_commands(outdir: Path, dataroot: Path) -> str:
+    """What to run after the training in `outdir`. The commands are quoted for a shell."""
+    params, samples = outdir / "generator.params", outdir / "samples"
+    draw = ["python", "generator.py", "--params", str(params), "--grid", "--interpolate"]
+    measure = ["python", "evaluate.py", "--params", str(params), "--dataroot", str(dataroot)]
+    return f"\ntrained: {params}; look at {samples}; next:\n  {shlex.join(draw)}\n  {shlex.join(measure)}"
