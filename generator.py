@@ -3,9 +3,15 @@
     python generator.py                                        # 64 faces of your training, or of a pretrained generator
     python generator.py --params runs/128/generator.params --seeds 0-9999 --outdir fakes
     python generator.py --seeds 3,14,15 --grid --interpolate   # also one picture of all, and a morph between them
+    torchrun --nproc-per-node 4 -- generator.py --seeds 0-9999 # four GPUs share the faces
 
 Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too.
 """
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from support.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 import argparse
 import re
@@ -19,8 +25,9 @@ from tqdm import tqdm
 
 from dataloader import to_uint8
 from network import Generator
+from support import distributed
 from support.cli import HelpFormatter, count_cores, int_at_least, run
-from support.devices import DTYPES, explain_out_of_memory, pick_device
+from support.devices import DTYPES, explain_out_of_memory
 from support.files import OVERWRITE_HELP, UserError, atomic_write, printable, refuse_existing
 from support.images import encode_png, image_grid, save_animation, save_image
 from support.seeding import latents
@@ -36,7 +43,8 @@ def default_params() -> Path:
     """The generator that train.py made here. If there is none, the pretrained one, with a note on standard error."""
     if TRAINED.exists() or not PRETRAINED.exists():
         return TRAINED
-    print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
+    if distributed.is_first_rank():
+        print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
     return PRETRAINED
 
 
@@ -120,7 +128,7 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
 def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
     """One PNG a seed. One thread a core encodes, and this thread alone writes: writers would wait for the folder."""
     remaining = iter(seeds)
-    bar = tqdm(total=len(seeds), desc="faces", unit="img", disable=None)
+    bar = tqdm(total=len(seeds), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
     with ThreadPoolExecutor(count_cores()) as pool, bar:
         for images in batches:  # encoding does not overlap with drawing, which uses all cores of a CPU
             for png, seed in zip(pool.map(encode_png, images), remaining):
@@ -200,24 +208,41 @@ def prepare_outdir(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return grid, animation
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    args.params = args.params or default_params()
-    netG = load_generator(args.params, pick_device(args.device), args.precision)
-    grid, animation = prepare_outdir(args)
-    batches = sample(netG, args.seeds, args.batch_size)
+def write_pictures(args: argparse.Namespace, netG: Generator, grid: Path | None, animation: Path | None) -> None:
+    """Everything that the flags ask for. The processes of torchrun share the faces, and the first writes the rest."""
+    seeds = distributed.my_share(args.seeds)
+    batches = sample(netG, seeds, args.batch_size)
     if grid:
         batches = list(batches)
-        columns = max(8, round(len(args.seeds) ** 0.5))
-        save_image(image_grid(torch.cat(batches), columns), grid)
-    save_faces(batches, args.seeds, args.outdir)
-    if animation:
+        shares = distributed.gather(batches)
+        if distributed.is_first_rank():
+            faces = torch.cat([batch for share in shares for batch in share])
+            save_image(image_grid(faces, max(8, round(len(faces) ** 0.5))), grid)
+    save_faces(batches, seeds, args.outdir)
+    if animation and distributed.is_first_rank():
         path = interpolate(latents(args.seeds[:8], netG.nz))
         frames = [image_grid(face[None]) for z in path.split(args.batch_size) for face in draw(netG, z)]
         save_animation(frames, animation)
-    size = f"{netG.image_size}x{netG.image_size}"
-    pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
-    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = distributed.join_ranks(args.device)
+    try:
+        with distributed.explain_lost_rank("run the same command again with --overwrite"):
+            args.params = args.params or default_params()
+            netG = load_generator(args.params, device, args.precision)
+            grid, animation = prepare_outdir(args)
+            distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
+            write_pictures(args, netG, grid, animation)
+            distributed.wait_for_ranks()
+            first = distributed.is_first_rank()
+    finally:
+        distributed.leave_ranks()
+    if first:
+        size = f"{netG.image_size}x{netG.image_size}"
+        pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
+        print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from helpers import (
     torchrun,
     wait_for,
 )
+from PIL import Image
 
 import network
 import train
@@ -83,3 +84,20 @@ def test_evaluate_in_two_processes_equals_one_process(dataroot, weights, tmp_pat
     assert double["fid"] == pytest.approx(single["fid"], abs=1e-4)
     for name in ("mu", "sigma"):
         np.testing.assert_allclose(double_stats[name], stats[name], rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_share_the_faces_of_generator(tmp_path):
+    """Each seed is drawn once. The first process alone prints and makes the grid, with the faces in their order."""
+    torch.manual_seed(0)
+    torch.save(network.Generator(8, 4).state_dict(), tmp_path / "g.params")
+    flags = ["--params", "g.params", "--seeds", "0-4", "--device", "cpu", "--grid", "--interpolate"]
+    for processes in (1, 2):
+        launcher = torchrun(processes) if processes > 1 else []
+        done = run_python(*launcher, ROOT / "generator.py", *flags, "--outdir", processes, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"5 faces of 64x64 from g.params in {processes}\n"
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in "12"]
+    assert names[0] == names[1] and len(names[0]) == 7
+    for name in names[0]:
+        single, double = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "12")
+        assert abs(single - double).max() <= 1, name  # convolutions round differently for other batch sizes
