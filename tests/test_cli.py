@@ -172,15 +172,13 @@ def test_a_closed_terminal_stops_a_training_with_a_checkpoint(dataroot, tmp_path
 
 @posix
 def test_nohup_keeps_a_training_running(dataroot, tmp_path):
+    """The first signal that the training catches gives its exit code."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = start(dataroot, tmp_path / "run", 1, "--epochs", 500)
     signal.signal(signal.SIGHUP, before)
-    log = tmp_path / "run" / "log.jsonl"
     wait_for((tmp_path / "run" / "generator.params").exists, process)
     process.send_signal(signal.SIGHUP)
-    size = log.stat().st_size
-    wait_for(lambda: log.stat().st_size > size + 1000, process)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert "stopped at" in process.communicate(timeout=60)[1] and process.returncode == 128 + signal.SIGTERM
 
 
