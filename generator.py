@@ -5,7 +5,8 @@
     python generator.py --seeds 3,14,15 --grid --interpolate   # also one picture of all, and a morph between them
     torchrun --nproc-per-node 4 -- generator.py --seeds 0-9999 # four GPUs share the faces
 
-Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too.
+Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too,
+and so does any checkpoint that holds one generator.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -86,7 +87,7 @@ def find_generator(content: dict, path: str | Path) -> dict[str, torch.Tensor]:
         return generators["average"]
     if len(generators) > 1:
         names = printable(", ".join(name or "one without a prefix" for name in generators))
-        raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone and pass it")
+        raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone, and pass that")
     if not generators:
         if networks:
             raise UserError(f"{path} holds a discriminator, not a generator; {REMEDY}")
@@ -192,20 +193,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_outdir(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """Make --outdir, and return the paths of the grid and the interpolation, if the flags ask for them.
+def check_targets(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The paths of the grid and of the interpolation, each None where its flag is missing.
 
-    Raises UserError when a picture would be overwritten without --overwrite.
+    Raises UserError when a picture, or a face, would be overwritten without --overwrite.
     """
     grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
     animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
     pictures = [*(face_path(args.outdir, seed) for seed in args.seeds), *filter(None, (grid, animation))]
     refuse_existing(pictures, args.overwrite, "--outdir")
-    try:
-        args.outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make --outdir {args.outdir} ({error.strerror}); choose another") from None
     return grid, animation
+
+
+def make_outdir(outdir: Path) -> None:
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --outdir {outdir} ({error.strerror}); choose another") from None
 
 
 def write_pictures(args: argparse.Namespace, netG: Generator, grid: Path | None, animation: Path | None) -> None:
@@ -230,9 +234,10 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.join_ranks(args.device)
     try:
         with distributed.explain_lost_rank("run the same command again with --overwrite"):
+            grid, animation = check_targets(args)
             args.params = args.params or default_params()
             netG = load_generator(args.params, device, args.precision)
-            grid, animation = prepare_outdir(args)
+            make_outdir(args.outdir)
             distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
             write_pictures(args, netG, grid, animation)
             distributed.wait_for_ranks()

@@ -4,6 +4,7 @@
     networks = find_networks(content, "main.0.weight")      # {"netG": state dict, "netD": state dict}
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ from support.files import UserError, atomic_write, printable
 # What to do with a file of another kind. Where a kind is missing here, the caller's remedy says it.
 ADVICE = {
     "a folder": "give the file of weights in it",
-    "an empty file": "copy or download it again",
     "a git-lfs pointer": "fetch the weights with `git lfs pull`",
     "an HTML page": "download the file itself, not the page that links to it",
     "a safetensors file": "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`",
@@ -24,6 +24,9 @@ ADVICE = {
     "a zip of other files": "unzip it and give the file of weights in it",
     "a compressed archive": "unpack it and give the file of weights in it",
 }
+# What the pickle of plain tensors and data names.
+PLAIN = r"torch\.(\w+|_\w+\..+|storage\..+|nn\.parameter\..+)|collections\..+"
+PLAIN += r"|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
 
 
 def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
@@ -109,14 +112,13 @@ def explain_failure(path: Path, error: Exception, remedy: str) -> UserError:
         kind, called, strings = "", [], set()
     if kind not in ("", PYTORCH):
         return UserError(f"{path} is {kind}, not a state dict of PyTorch; {ADVICE.get(kind, remedy)}")
-    foreign = [name for name in called if not name.startswith(("torch.", "collections."))]
-    names = f" ({printable(', '.join(dict.fromkeys(foreign)))[:100]})" if foreign else ""
-    if {"_modules", "_parameters"} <= strings:
+    foreign = [printable(name)[:100] for name in called if not re.fullmatch(PLAIN, name)]
+    if foreign and {"_modules", "_parameters"} <= strings:
         how = "load it where its code is, and save its weights with `torch.save(MODULE.state_dict(), NEW)`"
-        return UserError(f"{path} holds a pickled module{names}, not a state dict; {how}")
+        return UserError(f"{path} holds a pickled module ({foreign[0]}), not a state dict; {how}")
     if foreign:
-        how = "load it where its code is, and save its state dict alone"
-        return UserError(f"{path} holds Python objects{names}, not only tensors, and they could run code; {how}")
+        how = "load it where its code is, and save the state dict alone"
+        return UserError(f"{path} holds Python objects ({foreign[0]}), not only tensors, and could run code; {how}")
     return UserError(f"{path} is damaged or not a PyTorch file of plain tensors ({type(error).__name__}); {remedy}")
 
 

@@ -41,6 +41,11 @@ def in_old_format(content):
     return lambda path: torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
+def truncated_checkpoint(path):
+    in_old_format({"main.0.weight": torch.nn.Parameter(torch.zeros(9)), "seen": {1}, "size": torch.Size([3])})(path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
 def array(path):
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
@@ -49,7 +54,7 @@ def array(path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("write, words", [
     (lambda path: path.mkdir(), "is a folder, .*; give the file of weights in it"),
-    (lambda path: path.touch(), "is an empty file, .*download it again"),
+    (lambda path: path.touch(), "is an empty file, .*; make one"),
     (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n"), "git-lfs pointer.*git lfs"),
     (lambda path: path.write_text("\n<!doctype HTML>\n<html>"), "is an HTML page, .*download the file itself"),
     (lambda path: path.write_text("<html lang='en'>"), "is an HTML page"),
@@ -67,8 +72,10 @@ def array(path):
     (lambda path: path.write_bytes(b"\x1f\x8b\x08\x00"), "is a compressed archive, .*unpack it"),
     (lambda path: path.write_text("hello"), "is damaged or not a PyTorch file"),
     (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "is damaged or not a PyTorch file"),
-    (lambda path: torch.save(network.Generator(8, 4), path), r"pickled module \(network.Generator.*MODULE.state_dict"),
+    (lambda path: torch.save(network.Generator(8, 4), path), r"pickled module \(network.Generator\), .*MODULE"),
     (in_old_format(network.Generator(8, 4)), r"pickled module \(network.Generator"),
+    (lambda path: torch.save(torch.nn.Conv2d(1, 1, 1), path), r"pickled module \(torch.nn.modules.conv.Conv2d\)"),
+    (truncated_checkpoint, "is damaged or not"),
     (lambda path: torch.save({"args": argparse.Namespace(lr=1)}, path), r"Python objects \(argparse.Namespace\)"),
     (in_old_format({"args": argparse.Namespace(lr=1)}), r"Python objects \(argparse.Namespace\)"),
 ])
