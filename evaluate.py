@@ -12,10 +12,10 @@ on the number of images, the network and the resize, so quote them with it. The 
 recall, and the FID of real training images, which a perfect generator would reach.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from support.cli import end_on_ctrl_c
+if __name__ == "__main__":  # before the imports below, which take seconds and need packages
+    from support.startup import prepare
 
-    end_on_ctrl_c()
+    prepare()
 
 import argparse
 import sys

@@ -9,10 +9,10 @@ Image size and widths follow from the weights. Weights of the PyTorch DCGAN tuto
 and so does any checkpoint that holds one generator.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from support.cli import end_on_ctrl_c
+if __name__ == "__main__":  # before the imports below, which take seconds and need packages
+    from support.startup import prepare
 
-    end_on_ctrl_c()
+    prepare()
 
 import argparse
 import re

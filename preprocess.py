@@ -13,10 +13,10 @@ sorted order gives a.png and the others get a hash in their name. The split is C
 .csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from support.cli import end_on_ctrl_c
+if __name__ == "__main__":  # before the imports below, which take seconds and need packages
+    from support.startup import prepare
 
-    end_on_ctrl_c()
+    prepare("pillow", "numpy", "tqdm")
 
 import argparse
 import errno

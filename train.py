@@ -12,10 +12,10 @@ checkpoint_previous.pt, log.jsonl, losses.png, args.json, samples/ (a grid each 
 adds generator_best.params (the EMA weights of the lowest FID) and fid.png.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from support.cli import end_on_ctrl_c
+if __name__ == "__main__":  # before the imports below, which take seconds and need packages
+    from support.startup import prepare
 
-    end_on_ctrl_c()
+    prepare()
 
 import argparse
 import copy

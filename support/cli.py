@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from support.files import UserError, printable
+from support.startup import end_on_ctrl_c
 
 LARGEST = 2**48  # flags are added and multiplied, and must stay within the 64 bits of torch's seeds
 
@@ -110,12 +111,6 @@ def set_up_streams() -> None:
         if getattr(sys, name) is None:  # in the order of their numbers, which no other file gets then
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     sys.stdout, sys.stderr = Output(sys.stdout, required=True), Output(sys.stderr, required=False)
-
-
-def end_on_ctrl_c() -> None:
-    """Let Ctrl-C end this process at once and without a traceback: in a script's imports, until run() is called."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not when a shell has made it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(main: Callable[[], None]) -> None:
