@@ -8,25 +8,58 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 
 import torch
 
-from support.files import UserError
+from support.files import UserError, printable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that --precision takes
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU. Raises UserError when this machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def name_device(name: str) -> str:
+    """`auto` is CUDA, else MPS, else the CPU. Raises UserError when torch finds a GPU but cannot use its driver."""
+    if name != "auto":
+        return name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the error below says the same
+        if torch.cuda.is_available():
+            return "cuda"
+    if torch.backends.cuda.is_built():
+        try:
+            torch.cuda.init()  # says why CUDA is not available
+        except RuntimeError as error:
+            if not re.search("no NVIDIA driver|No CUDA GPUs|no CUDA-capable|No HIP GPUs", str(error)):
+                raise unusable("auto (cuda)", error) from None
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that --device `name` means. Raises UserError when torch cannot use it.
+
+    `local_rank` is the number of this process among several on this machine, each of which takes a GPU.
+
+    A GPU can be visible and unusable: its driver is too old, torch has no kernels for its architecture, or another
+    process holds it or its memory. `auto` then refuses as well, since a training on the CPU would take days.
+    """
+    found = name_device(name)
+    if local_rank is not None and found.startswith("cuda"):
+        found, gpus = f"cuda:{local_rank}", torch.cuda.device_count()
+        if 0 < gpus <= local_rank:
+            raise UserError(f"this machine has {gpus} GPU(s), fewer than processes; lower --nproc-per-node")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()  # the device "meta" fails only here
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not on this machine; use --device auto or cpu") from None
+        device = torch.device(found)
+        torch.ones(1, device=device).cpu()  # takes memory, runs a kernel and waits for the result
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch.AcceleratorError is a RuntimeError
+        raise unusable(name if name == found else f"{name} ({found})", error) from None
     return device
+
+
+def unusable(name: str, error: Exception) -> UserError:
+    """The UserError for a device that fails. Of torch's text, the first sentence names the cause."""
+    cause = re.split(r"[.;!] |[.!]?\n|[.!]$", str(error), maxsplit=1)[0]
+    return UserError(f"--device {name} cannot be used: {printable(cause)[:200]}; mend that, or pass --device cpu")
 
 
 def pick_precision(name: str, device: torch.device) -> str:
