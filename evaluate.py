@@ -32,7 +32,7 @@ from support import statistics
 from support.cli import HelpFormatter, int_at_least, run
 from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
 from support.devices import DTYPES
-from support.distributed import gather, is_first_rank, join_ranks, leave_ranks, my_share
+from support.distributed import is_first_rank, joined_ranks, my_share, once_per_machine
 from support.files import OVERWRITE_HELP, UserError, check_outputs
 from support.inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
 from support.metrics import frechet_distance
@@ -92,8 +92,8 @@ def open_images(path: Path) -> DataGenerater | NpzImages:
 
 
 def load_extractor(args: argparse.Namespace, device: torch.device, image_size: int | None) -> Extractor:
-    """The Extractor that the flags describe. The first process downloads the weights, the others wait."""
-    weights = args.weights or gather(find_weights(args.inception) if is_first_rank() else None)[0]
+    """The Extractor that the flags describe. One process on each machine downloads the weights."""
+    weights = args.weights or once_per_machine(lambda: find_weights(args.inception))
     net, metadata = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
     metadata |= {"version": statistics.VERSION} | ({"resolution": image_size} if image_size else {})
     return Extractor(net, metadata, args.batch_size, args.dataroot / ".statistics")
@@ -229,14 +229,11 @@ def write_outputs(result: dict, inputs: Inputs, args: argparse.Namespace, real: 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = join_ranks(args.device)
-    try:
+    with joined_ranks(args.device) as device:
         inputs = find_inputs(args, device)
         real, fakes, train = measure(inputs, args, device)
         if not is_first_rank():
             return
-    finally:
-        leave_ranks()
     result = {name: fakes[0].get(name, real.get(name)) for name in statistics.IDENTITY}
     result |= {"real": str(inputs.real), "fake": str(inputs.fake)} | compare(real, fakes, args.infinity)
     if train and args.floor:

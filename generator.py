@@ -231,23 +231,19 @@ def write_pictures(args: argparse.Namespace, netG: Generator, grid: Path | None,
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = distributed.join_ranks(args.device)
-    try:
-        with distributed.explain_lost_rank("run the same command again with --overwrite"):
-            grid, animation = check_targets(args)
-            args.params = args.params or default_params()
-            netG = load_generator(args.params, device, args.precision)
-            make_outdir(args.outdir)
-            distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
-            write_pictures(args, netG, grid, animation)
-            distributed.wait_for_ranks()
-            first = distributed.is_first_rank()
-    finally:
-        distributed.leave_ranks()
-    if first:
-        size = f"{netG.image_size}x{netG.image_size}"
-        pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
-        print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
+    with distributed.joined_ranks(args.device) as device:
+        grid, animation = check_targets(args)
+        args.params = args.params or default_params()
+        netG = load_generator(args.params, device, args.precision)
+        make_outdir(args.outdir)
+        distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
+        write_pictures(args, netG, grid, animation)
+        distributed.wait_for_ranks()
+        if not distributed.is_first_rank():
+            return
+    size = f"{netG.image_size}x{netG.image_size}"
+    pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
+    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import network
 import network_128
 import preprocess
 from dataloader import DataGenerater, make_loader, to_float, to_uint8
-from support import distributed
+from support import checkpoint, distributed
 from support.augment import augment
 from support.checkpoint import TrainState, load_checkpoint, open_outdir, save_args, save_checkpoint, save_params
 from support.cli import HelpFormatter, float_below, int_at_least, run
@@ -226,16 +226,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_dataset(args: argparse.Namespace) -> DataGenerater:
-    """The training images, in memory where they fit. With --demo, the first process draws them if they are missing."""
-    root, (_, world_size) = args.dataroot / str(args.image_size) / "train", distributed.rank_and_world_size()
-    if args.demo and not root.is_dir() and distributed.is_first_rank():
+    """The training images. With --demo, one process on each machine draws them if they are missing."""
+    root = args.dataroot / str(args.image_size) / "train"
+    if args.demo and not root.is_dir() and distributed.is_first_on_machine():
         preprocess.main(["--demo", "2000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
     distributed.wait_for_ranks()
     dataset = DataGenerater(root, args.image_size)
     if len(dataset) < args.batch_size:
         raise UserError(f"{root} holds {len(dataset)} images, fewer than --batch-size; lower that")
-    if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world_size} processes evenly")
     return dataset
 
 
@@ -243,9 +241,10 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     """Everything from the data on disk to the pictures of the finished training. Returns the signal that stopped it."""
     dataset, first_rank = open_dataset(args), distributed.is_first_rank()
     lock = open_outdir(args.outdir, args.resume) if first_rank else None
-    if fits_in_memory(len(dataset), args.image_size):
+    if all(distributed.gather(fits_in_memory(len(dataset), args.image_size))):
         dataset.decode_all()
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
+    checkpoint.refuse_unequal_ranks(args, device)
     set_up_device(device, args.deterministic)
     state, log, score, stop = make_state(args, device), None, None, 0
     if args.eval_every:
@@ -257,11 +256,10 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         if first_rank:
             log = continue_log(args.outdir / "log.jsonl", state.step)
             save_args(args, device, distributed.rank_and_world_size()[1])
-            if not args.resume:
-                save_checkpoint(state, args, log)  # --resume works from here on
+        if not args.resume:
+            save_checkpoint(state, args, log)  # --resume works from here on
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        signals, throughput = distributed.catch_signals(), Throughput(state.step)
-        setup = Setup(args, device, dataset, log, score, autocast, signals, throughput)
+        setup = Setup(args, device, dataset, log, score, autocast, distributed.catch_signals(), Throughput(state.step))
         for epoch in range(state.step // (len(dataset) // args.batch_size), args.epochs):
             if stop := train_epoch(state, setup, epoch):
                 break
@@ -279,15 +277,12 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = distributed.join_ranks(args.device)
+    remedy = "lower --batch-size, or --ngf and --ndf"
     try:
-        remedy = "lower --batch-size, or --ngf and --ndf"
-        with explain_out_of_memory(remedy), distributed.explain_lost_rank("go on by --resume"):
+        with distributed.joined_ranks(args.device) as device, explain_out_of_memory(remedy):
             stop = train(args, device)
     except OSError as error:
         raise cannot_write(Path(error.filename or args.outdir), error) from None
-    finally:
-        distributed.leave_ranks()
     if stop:
         sys.exit(128 + stop)
 

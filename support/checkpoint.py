@@ -24,6 +24,7 @@ import PIL
 import torch
 from torch import nn
 
+from support import distributed
 from support.files import UserError, atomic_write, printable
 from support.weights import load_tensors, nested_tensors, save_tensors
 
@@ -31,6 +32,8 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 # A resumed training is the same training only if these are the same.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
 FIXED += ("precision", "seed", "data_sha256")
+# All processes of a training take the same steps only if these are the same too.
+SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
 
 
 @dataclass
@@ -104,6 +107,16 @@ def lock_file(file: TextIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UserError unless all processes have the same images and flags, and an equal share of each batch."""
+    other_images = "the training images of {} and {} differ; copy the same crops to all machines"
+    settings = {name: getattr(args, name) for name in SHARED} | {"device": device.type}
+    distributed.refuse_differences(settings, {"data_sha256": other_images})
+    _, world_size = distributed.rank_and_world_size()
+    if args.batch_size % world_size:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world_size} processes evenly")
+
+
 def save_params(state: TrainState, outdir: Path) -> None:
     """Write the EMA weights to generator.params and the raw (non-EMA) weights to generator_raw.params."""
     for net, name in ((state.netG_ema, "generator.params"), (state.netG, "generator_raw.params")):
@@ -111,14 +124,19 @@ def save_params(state: TrainState, outdir: Path) -> None:
 
 
 def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | None) -> None:
-    """Write everything that the next step depends on. Only the process that has the file `log` writes.
+    """Write everything that the next step depends on. Only the process that has the file `log` writes; the others wait.
 
     The rows of the log reach the disk before the checkpoint does, and the previous checkpoint stays until the new one
     is whole. Raises UserError when a loss is NaN or infinite, so that no checkpoint holds such a state.
     """
     state.refuse_divergence(args.outdir)
-    if not log:
-        return
+    if log:
+        write_checkpoint(state, args, log)
+    distributed.wait_for_ranks()
+
+
+def write_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO) -> None:
+    """Replace the previous checkpoint by the newest, and the newest by `state`."""
     os.fsync(log.fileno())
     content = {name: part.state_dict() for name, part in state.parts().items()}
     content |= {"step": state.step, "totals": state.totals, "fixed": {name: getattr(args, name) for name in FIXED}}
@@ -131,8 +149,11 @@ def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | N
 
 
 def load_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
-    """Load the newest whole checkpoint of --outdir into `state`. Raises UserError when none fits."""
-    name, content = read_checkpoint(args.outdir)
+    """Load the newest whole checkpoint of --outdir into `state`. Raises UserError when none fits.
+
+    The first process reads the file for all, since --outdir may be on its machine alone.
+    """
+    name, content = distributed.from_first_rank(lambda: read_checkpoint(args.outdir))
     try:
         refuse_other_settings(content["fixed"], args)
         for part, value in state.parts().items():
