@@ -130,9 +130,7 @@ def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | N
     is whole. Raises UserError when a loss is NaN or infinite, so that no checkpoint holds such a state.
     """
     state.refuse_divergence(args.outdir)
-    if log:
-        write_checkpoint(state, args, log)
-    distributed.wait_for_ranks()
+    distributed.first_rank_writes(lambda: write_checkpoint(state, args, log))
 
 
 def write_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO) -> None:

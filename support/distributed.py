@@ -9,8 +9,9 @@ import os
 import platform
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -117,6 +118,35 @@ def once_per_machine(make: Callable[[], object]) -> object:
     return result if is_first_on_machine() else make()
 
 
+def first_rank_writes(write: Callable[[], None]) -> None:
+    """Call write() in the first process while the others wait, however long it takes, unless its machine is lost.
+
+    Meanwhile a thread of the first process answers every 10 seconds: 0 while write() runs. The last answer is 1.
+    """
+    answer, written = torch.zeros(1), threading.Event()
+    if not dist.is_initialized():
+        write()
+        return
+    if not is_first_rank():
+        while not answer:
+            dist.all_reduce(answer, group=step_group)
+        return
+
+    def answer_others() -> None:
+        while not written.wait(10):
+            with suppress(RuntimeError):  # of a lost machine; the last answer fails as well
+                dist.all_reduce(torch.zeros(1), group=step_group)
+
+    thread = threading.Thread(target=answer_others, daemon=True)
+    thread.start()
+    try:
+        write()
+    finally:
+        written.set()
+        thread.join()
+    dist.all_reduce(torch.ones(1), group=step_group)
+
+
 def from_first_rank(read: Callable[[], object]) -> object:
     """What read() returns in the first process: plain data and tensors, which all processes get.
 
@@ -196,7 +226,7 @@ def agree_on_signal(caught: list[int]) -> int:
     """A signal that any process has caught, or 0. All processes get the same, and so stop after the same step.
 
     The first step may take minutes, with torch.compile. From its end on, no process waits in a step for longer than
-    STEP_TIMEOUT. Longer work of one process, such as a checkpoint, has to end in wait_for_ranks().
+    STEP_TIMEOUT. Longer work of the first process goes through first_rank_writes().
     """
     global step_group
     number = torch.tensor(caught[:1] or [0])
