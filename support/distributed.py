@@ -33,6 +33,9 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     cannot connect to each other, and when another one has ended or its machine cannot be reached.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if several and missing:
+        raise UserError(f"WORLD_SIZE is set and {min(missing)} is not; start with torchrun, or unset WORLD_SIZE")
     device = pick_device(name, int(os.environ["LOCAL_RANK"]) if several else None)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device

@@ -24,6 +24,8 @@ from PIL import Image
 import network
 import train
 from dataloader import DataGenerater, to_float
+from support.distributed import first_rank_writes, from_first_rank, joined_ranks, once_per_machine
+from support.files import UserError
 from support.statistics import load_statistics
 
 
@@ -95,9 +97,30 @@ def test_two_processes_share_the_faces_of_generator(tmp_path):
         launcher = torchrun(processes) if processes > 1 else []
         done = run_python(*launcher, ROOT / "generator.py", *flags, "--outdir", processes, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == f"5 faces of 64x64 from g.params in {processes}\n"
+        pictures = f"grid in {processes}_grid.png, interpolation in {processes}_interpolation.gif"
+        assert done.stdout == f"5 faces of 64x64 from g.params in {processes}, {pictures}\n"
     names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in "12"]
-    assert names[0] == names[1] and len(names[0]) == 7
-    for name in names[0]:
-        single, double = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "12")
-        assert abs(single - double).max() <= 1, name  # convolutions round differently for other batch sizes
+    assert names[0] == names[1] and len(names[0]) == 5
+    pairs = [(tmp_path / "1" / name, tmp_path / "2" / name) for name in names[0]]
+    pairs += [(tmp_path / f"1_{name}", tmp_path / f"2_{name}") for name in ("grid.png", "interpolation.gif")]
+    for pair in pairs:
+        single, double = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in pair)
+        assert abs(single - double).max() <= 1, pair  # convolutions round differently for other batch sizes
+
+
+def test_world_size_without_torchrun_is_refused(monkeypatch):
+    """Schedulers of clusters set WORLD_SIZE for another purpose."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE"), joined_ranks("cpu"):
+        pass
+
+
+def test_one_process_is_first_everywhere():
+    """Without torchrun, what one process does for all is done once, and an error of it is raised."""
+    calls = []
+    first_rank_writes(lambda: calls.append("written"))
+    assert from_first_rank(lambda: calls) == once_per_machine(lambda: calls) == ["written"]
+    with pytest.raises(ZeroDivisionError):
+        first_rank_writes(lambda: 1 / 0)
