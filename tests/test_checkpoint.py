@@ -22,7 +22,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("netG", Bomb(), "damaged"),
+    ("netG", Bomb(), "Python objects"),
     ("netG", {}, "loading state_dict"),
     ("netD", {"main.0.weight": torch.zeros(1).expand(2**20, 2**20)}, "claims"),
     ("average", {"main.0.weight": torch.zeros(3)}, "loading state_dict"),
