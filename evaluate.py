@@ -14,7 +14,6 @@ recall, and the FID of real training images, which a perfect generator would rea
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
     from support.startup import prepare
-
     prepare()
 
 import argparse

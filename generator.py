@@ -11,7 +11,6 @@ and so does any checkpoint that holds one generator.
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
     from support.startup import prepare
-
     prepare()
 
 import argparse

@@ -15,7 +15,6 @@ sorted order gives a.png and the others get a hash in their name. The split is C
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
     from support.startup import prepare
-
     prepare("pillow", "numpy", "tqdm")
 
 import argparse
@@ -244,8 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         open_zip.cache_clear()
     write_skipped(args, photos, results)
-    counts = Counter(photo.split for photo in photos if not photo.reason)
-    counts -= Counter(result.photo.split for result in results if result.reason)
+    counts = Counter(p.split for p in photos if not p.reason) - Counter(r.photo.split for r in results if r.reason)
     print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]))
     print(summary(args, photos, results, time.perf_counter() - start))
 

@@ -14,7 +14,6 @@ adds generator_best.params (the EMA weights of the lowest FID) and fid.png.
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
     from support.startup import prepare
-
     prepare()
 
 import argparse

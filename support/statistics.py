@@ -21,6 +21,7 @@ from support.files import UserError, atomic_write
 from support.metrics import Moments
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
+READING = 2  # of image files: raised when a file would give other pixels, so that the cache is measured again
 # Two sets of statistics are comparable only if these are equal.
 IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
 FIELDS = (*IDENTITY, "mu", "sigma", "features", "n", "split")
@@ -117,7 +118,7 @@ def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
 
 def cache_path(folder: Path, paths: Sequence[Path], root: Path, metadata: dict) -> Path:
     """The file in the cache `folder` for the statistics of `paths` below `root`, measured as `metadata` says."""
-    key = json.dumps([fingerprint(paths, root), metadata], sort_keys=True)
+    key = json.dumps([fingerprint(paths, root), metadata, READING], sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
