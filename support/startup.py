@@ -33,7 +33,7 @@ def end_on_ctrl_c() -> None:
 def require_packages(*names: str) -> None:
     """Raise UserError unless the packages `names` are installed in the versions of requirements.txt. Default: all."""
     problems = []
-    for line in REQUIREMENTS.read_text().splitlines():
+    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
         name, minimum = line.split(">=")
         if not names or name in names:
             problems += name_problem(name, minimum)

@@ -40,7 +40,8 @@ def map_in_processes(work: Callable, items: Sequence, workers: int, label: str) 
     This process does all the work for fewer than 32 items. Raises UserError when a worker process dies.
     """
     workers = workers if workers > 1 and len(items) >= 32 else 0
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK if workers else 1)]
+    size = CHUNK if workers else 1
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     remedy = "run the same command again, perhaps with fewer --workers: what was written stays"
     parts, results = iterate_in_processes(partial(work_on_chunk, work), chunks, workers, remedy), []
     with closing(parts), tqdm(total=len(items), unit="img", desc=label, disable=None) as bar:

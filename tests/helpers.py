@@ -6,6 +6,7 @@ torch and the scripts are imported inside the functions: fuzz_preprocess.py and 
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,7 +117,13 @@ def start(dataroot: Path, outdir: Path, processes: int, *flags) -> subprocess.Po
     command = [sys.executable, *launcher, ROOT / "train.py", *SMALL, "--dataroot", dataroot, "--outdir", outdir, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes)
+    options = {"preexec_fn": listen_to_ctrl_c} if os.name == "posix" else {}
+    return subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes, **options)
+
+
+def listen_to_ctrl_c():
+    """For a child process: a suite in a shell's background ignores SIGINT, and a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def load(path):

@@ -149,7 +149,7 @@ def test_ctrl_c_during_the_imports(tmp_path, script, module):
 
 
 def test_ctrl_c_in_main_exits_with_130(tmp_path):
-    program = "from support.startup import end_on_ctrl_c, run; import signal; end_on_ctrl_c(); "
+    program = "from support.cli import run; from support.startup import end_on_ctrl_c; import signal; end_on_ctrl_c(); "
     done = run_python("-c", program + "run(lambda: signal.raise_signal(signal.SIGINT))", cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "")
 
@@ -161,7 +161,9 @@ def test_ctrl_c_in_main_exits_with_130(tmp_path):
 def test_a_closed_terminal_stops_a_training_with_a_checkpoint(dataroot, tmp_path):
     """The terminal and its shell both send SIGHUP. The command that goes on is quoted for a shell."""
     outdir = tmp_path / "my run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under nohup
     process = start(dataroot, outdir, 1, "--epochs", 500)
+    signal.signal(signal.SIGHUP, before)
     wait_for((outdir / "generator.params").exists, process)
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
