@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, random_inception, run_python, run_training
 
+import evaluate
 import preprocess
 
 collect_ignore = ["programs"]
@@ -101,14 +103,32 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def run_without_shared_memory(tmp_path):
-    """Runs `python <arguments>` with a read-only /dev/shm, as many containers have: it can create no semaphores."""
+def run_evaluate(dataroot, weights, capsys):
+    """Runs evaluate.py's main() with random weights and 64 dimensions; returns stdout and stderr."""
+
+    def run(*flags):
+        flags = ["--weights", weights, "--dims", "64", "--inception", "tf2015", "--dataroot", dataroot, *flags]
+        evaluate.main([str(flag) for flag in flags])
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_with_shared_memory(tmp_path):
+    """Runs `python <arguments>` with a /dev/shm that is mounted with `options`, such as "size=64k"."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"]).returncode:
         pytest.skip("needs the right to unshare")
 
-    def run(*arguments):
-        mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"'
+    def run(options, *arguments):
+        mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
 
     return run
+
+
+@pytest.fixture
+def run_without_shared_memory(run_with_shared_memory):
+    """Runs `python <arguments>` with a read-only /dev/shm, as many containers have: it can create no semaphores."""
+    return partial(run_with_shared_memory, "ro")

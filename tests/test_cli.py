@@ -149,8 +149,7 @@ def test_ctrl_c_during_the_imports(tmp_path, script, module):
 
 
 def test_ctrl_c_in_main_exits_with_130(tmp_path):
-    program = "from support.cli import run; from support.startup import end_on_ctrl_c; import signal; end_on_ctrl_c(); "
-    done = run_python("-c", program + "run(lambda: signal.raise_signal(signal.SIGINT))", cwd=ROOT)
+    done = run_python(PROGRAMS / "interrupt_main.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "")
 
 

@@ -9,22 +9,9 @@ import torch
 from helpers import PROGRAMS
 from PIL import Image
 
-import evaluate
 import network
 from support import statistics
 from support.files import UserError
-
-
-@pytest.fixture
-def run(dataroot, weights, capsys):
-    """Evaluates with random weights and 64 dimensions; returns stdout and stderr."""
-
-    def evaluate_small(*flags):
-        flags = ["--weights", weights, "--dims", "64", "--inception", "tf2015", "--dataroot", dataroot, *flags]
-        evaluate.main([str(flag) for flag in flags])
-        return capsys.readouterr()
-
-    return evaluate_small
 
 
 @pytest.fixture
@@ -35,9 +22,10 @@ def generator(tmp_path):
     return tmp_path / "g.params"
 
 
-def test_folders_cache_json_and_statistics_files(run, dataroot, tmp_path, monkeypatch):
+def test_folders_cache_json_and_statistics_files(run_evaluate, dataroot, tmp_path, monkeypatch):
     train, test = dataroot / "64" / "train", dataroot / "64" / "test"
-    out = run("--images", train, "--real", test, "--json", tmp_path / "r.json", "--save-stats", tmp_path / "s.npz")
+    outputs = ("--json", tmp_path / "r.json", "--save-stats", tmp_path / "s.npz")
+    out = run_evaluate("--images", train, "--real", test, *outputs)
     last = out.out.splitlines()[-1]
     result = json.loads((tmp_path / "r.json").read_text())
     assert last == f"Fréchet Inception Distance (FID): {result['fid']:.4f}" and result["fid"] > 0
@@ -47,49 +35,49 @@ def test_folders_cache_json_and_statistics_files(run, dataroot, tmp_path, monkey
     assert "fewer than the 64 dims" in out.err and "biases differ" in out.err
     assert "FID-64 " in out.out and "resize tf" in out.out and result["weights_sha256"][:16] in out.out
     monkeypatch.setattr(statistics, "measure", None)  # the cache replaces every second measurement
-    assert run("--images", train).out == out.out
-    assert run("--images", train, "--real", tmp_path / "s.npz").out.splitlines()[-1] == last
-    assert run("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out.endswith("0.0000\n")
+    assert run_evaluate("--images", train).out == out.out
+    assert run_evaluate("--images", train, "--real", tmp_path / "s.npz").out.splitlines()[-1] == last
+    assert run_evaluate("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out.endswith("0.0000\n")
     with np.load(tmp_path / "s.npz") as stats:  # pytorch-fid and TTUR store only mu and sigma
         assert {"n", "resolution", "split", "network", "dims", "resize", "weights_sha256", "version"} <= set(stats)
         assert stats["split"] == "test" and stats["sigma"].dtype == np.float64
         np.savez(tmp_path / "bare.npz", mu=stats["mu"], sigma=stats["sigma"])
-    bare = run("--images", train, "--real", tmp_path / "bare.npz")
+    bare = run_evaluate("--images", train, "--real", tmp_path / "bare.npz")
     assert bare.out.splitlines()[-1] == last and "does not say how it was measured" in bare.err
 
 
-def test_changed_data_is_measured_again(run, dataroot, tmp_path, monkeypatch):
+def test_changed_data_is_measured_again(run_evaluate, dataroot, tmp_path, monkeypatch):
     folder = tmp_path / "faces"
     folder.mkdir()
     for i in range(4):
         Image.effect_noise((64, 64), 50 + i).convert("RGB").save(folder / f"{i}.png")
     flags = ("--images", folder, "--dataroot", tmp_path, "--real", dataroot / "64" / "test", "--no-floor")
-    first = run(*flags).out
-    assert run(*flags).out == first
+    first = run_evaluate(*flags).out
+    assert run_evaluate(*flags).out == first
     (folder / "0.png").unlink()
-    assert run(*flags).out != first
+    assert run_evaluate(*flags).out != first
     for cache in (tmp_path / ".statistics").iterdir():
         cache.write_bytes(cache.read_bytes()[:1000])
-    again = run(*flags)
+    again = run_evaluate(*flags)
     assert again.err.count("measured again") == 2
     for resize in ("bilinear", "clean"):
-        assert run(*flags, "--resize", resize).out.splitlines()[-1] != again.out.splitlines()[-1]
+        assert run_evaluate(*flags, "--resize", resize).out.splitlines()[-1] != again.out.splitlines()[-1]
 
 
-def test_a_generator_is_evaluated_without_files_of_faces(run, generator, tmp_path):
+def test_a_generator_is_evaluated_without_files_of_faces(run_evaluate, generator, tmp_path):
     flags = ("--params", generator, "--num", 6, "--no-floor")
-    out = run(*flags).out
+    out = run_evaluate(*flags).out
     assert "6 generated" in out and "64x64" in out and "training images" not in out
     for size in (1, 4):
-        batched = run(*flags, "--batch-size", size).out
+        batched = run_evaluate(*flags, "--batch-size", size).out
         assert abs(float(batched.split()[-1]) - float(out.split()[-1])) < 2e-3
-    assert run(*flags, "--seed", 1).out != out
+    assert run_evaluate(*flags, "--seed", 1).out != out
 
 
-def test_repeats_infinity_and_neighbours(run, generator, dataroot, tmp_path):
+def test_repeats_infinity_and_neighbours(run_evaluate, generator, dataroot, tmp_path):
     result, picture = tmp_path / "r.json", tmp_path / "n.png"
     flags = ("--params", generator, "--num", 128, "--batch-size", 64)
-    out = run(*flags, "--repeats", 2, "--infinity", "--json", result, "--neighbours", picture).out
+    out = run_evaluate(*flags, "--repeats", 2, "--infinity", "--json", result, "--neighbours", picture).out
     result = json.loads(result.read_text())
     assert result["fid"] == pytest.approx(np.mean(result["fids"])) and len(set(result["fids"])) == 2
     assert result["fid_95"][0] < min(result["fids"]) and max(result["fids"]) < result["fid_95"][1]
@@ -99,36 +87,36 @@ def test_repeats_infinity_and_neighbours(run, generator, dataroot, tmp_path):
         assert grid.size == (2 + 8 * 66, 2 + 8 * 66)
 
 
-def test_infinity_is_refused_before_the_measurement(run, generator, dataroot, monkeypatch):
+def test_infinity_is_refused_before_the_measurement(run_evaluate, generator, dataroot, monkeypatch):
     """As soon as the number of generated images is known: 127 faces, or the few of a folder."""
-    run("--images", dataroot / "64" / "train", "--no-floor")  # the cache holds the real images from here on
+    run_evaluate("--images", dataroot / "64" / "train", "--no-floor")  # the cache holds the real images from here on
     monkeypatch.setattr(statistics, "measure", None)
     for flags in (("--params", generator, "--num", 127), ("--images", dataroot / "64" / "train")):
         with pytest.raises(UserError, match="--infinity needs 128 generated images at --dims 64, not"):
-            run(*flags, "--infinity")
+            run_evaluate(*flags, "--infinity")
 
 
-def test_a_memorized_face_is_its_nearest_neighbour(run, dataroot, tmp_path):
+def test_a_memorized_face_is_its_nearest_neighbour(run_evaluate, dataroot, tmp_path):
     train = dataroot / "64" / "train"
-    run("--images", train, "--neighbours", tmp_path / "n.png")
+    run_evaluate("--images", train, "--neighbours", tmp_path / "n.png")
     with Image.open(tmp_path / "n.png") as grid:
         for row in range(8):
             fake, real = (np.array(grid.crop((x, 2 + 66 * row, x + 64, 66 + 66 * row))) for x in (2, 68))
             assert (fake == real).all()
 
 
-def test_incomparable_statistics_are_refused(run, dataroot, tmp_path):
+def test_incomparable_statistics_are_refused(run_evaluate, dataroot, tmp_path):
     with pytest.raises(UserError, match="resolution is 128"):
-        run("--images", dataroot / "64" / "train", "--real", dataroot / "128" / "test")
+        run_evaluate("--images", dataroot / "64" / "train", "--real", dataroot / "128" / "test")
     for field, value in (("resize", "clean"), ("network", "torchvision"), ("dtype", "bf16"), ("version", 1)):
         np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), **{field: value})
         with pytest.raises(UserError, match=f"{field} is {value} in .*other.npz"):
-            run("--images", dataroot / "64" / "train", "--real", tmp_path / "other.npz")
+            run_evaluate("--images", dataroot / "64" / "train", "--real", tmp_path / "other.npz")
     np.savez(tmp_path / "small.npz", mu=np.zeros(32), sigma=np.eye(32))
     with pytest.raises(UserError, match="dims is 32"):
-        run("--images", dataroot / "64" / "train", "--real", tmp_path / "small.npz")
+        run_evaluate("--images", dataroot / "64" / "train", "--real", tmp_path / "small.npz")
     with pytest.raises(UserError, match="dims is 32"):
-        run("--images", tmp_path / "small.npz", "--real", tmp_path / "other.npz")
+        run_evaluate("--images", tmp_path / "small.npz", "--real", tmp_path / "other.npz")
 
 
 def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(run_script, refused, weights):
@@ -145,9 +133,9 @@ def test_offline_without_weights(run_script, refused, tmp_path):
     refused(done, "inception_v3_google-0cc3c7bd.pth", "104 MB", "0cc3c7bd", "--weights")
 
 
-def test_given_weights_need_no_network(run, dataroot, monkeypatch):
+def test_given_weights_need_no_network(run_evaluate, dataroot, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("evaluate.py has opened a socket")
 
     monkeypatch.setattr(socket, "socket", fail)
-    run("--images", dataroot / "64" / "train", "--num", 9)
+    run_evaluate("--images", dataroot / "64" / "train", "--num", 9)

@@ -17,18 +17,6 @@ from support.npz_images import NpzImages, holds_statistics
 
 
 @pytest.fixture
-def run(dataroot, weights, capsys):
-    """Evaluates with random weights and 64 dimensions; returns stdout and stderr."""
-
-    def evaluate_small(*flags):
-        flags = ["--weights", weights, "--dims", "64", "--inception", "tf2015", "--dataroot", dataroot, *flags]
-        evaluate.main([str(flag) for flag in flags])
-        return capsys.readouterr()
-
-    return evaluate_small
-
-
-@pytest.fixture
 def foreign(tmp_path):
     """Two .npz that hold mu and sigma alone, as pytorch-fid writes them."""
     paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
@@ -45,35 +33,36 @@ def pixels(folder):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_of_images_gives_the_statistics_of_its_folder(run, dataroot, tmp_path, save):
+def test_an_npz_of_images_gives_the_statistics_of_its_folder(run_evaluate, dataroot, tmp_path, save):
     """The format of guided-diffusion: `arr_0`, uint8 (N,S,S,3)."""
     train, test = dataroot / "64" / "train", dataroot / "64" / "test"
     save(tmp_path / "train.npz", pixels(train))
     save(tmp_path / "test.npz", pixels(test))
     flags = ("--no-floor", "--num", 9)
-    of_folders = run("--images", train, "--real", test, *flags).out.splitlines()
-    of_files = run("--images", tmp_path / "train.npz", "--real", tmp_path / "test.npz", *flags).out.splitlines()
+    of_folders = run_evaluate("--images", train, "--real", test, *flags).out.splitlines()
+    files = ("--images", tmp_path / "train.npz", "--real", tmp_path / "test.npz")
+    of_files = run_evaluate(*files, *flags).out.splitlines()
     assert of_folders[1:] == of_files[1:] and "9 generated images; both 64x64" in of_files[0]
     assert len(NpzImages(tmp_path / "train.npz")) == len(list(train.iterdir()))
 
 
-def test_neighbours_of_an_npz_of_images(run, dataroot, tmp_path):
+def test_neighbours_of_an_npz_of_images(run_evaluate, dataroot, tmp_path):
     train = dataroot / "64" / "train"
     np.savez(tmp_path / "s.npz", pixels(train))
-    run("--images", tmp_path / "s.npz", "--real", dataroot / "64" / "test", "--neighbours", tmp_path / "n.PNG")
+    run_evaluate("--images", tmp_path / "s.npz", "--real", dataroot / "64" / "test", "--neighbours", tmp_path / "n.PNG")
     with Image.open(tmp_path / "n.PNG") as grid:
         fake, real = (np.array(grid.crop((x, 2, x + 64, 66))) for x in (2, 68))
         assert (fake == real).all()
 
 
-def test_a_changed_npz_of_images_is_measured_again(run, dataroot, tmp_path):
+def test_a_changed_npz_of_images_is_measured_again(run_evaluate, dataroot, tmp_path):
     images, flags = pixels(dataroot / "64" / "train"), ("--images", tmp_path / "s.npz", "--no-floor")
     np.savez(tmp_path / "s.npz", images)
-    before = run(*flags).out
-    assert run(*flags).out == before
+    before = run_evaluate(*flags).out
+    assert run_evaluate(*flags).out == before
     np.savez(tmp_path / "s.npz", 255 - images)
     os.utime(tmp_path / "s.npz", ns=(1, 1))
-    assert run(*flags).out != before
+    assert run_evaluate(*flags).out != before
 
 
 @pytest.mark.parametrize("array, words", [
@@ -118,17 +107,17 @@ def write_zip(path):
     ("notes.txt", lambda path: path.write_text("hello"), "neither a folder nor an .npz; give a folder of images"),
 ])
 @pytest.mark.parametrize("flag", ["--real", "--images"])
-def test_other_files_are_named_with_what_to_do(run, foreign, tmp_path, flag, name, write, words):
+def test_other_files_are_named_with_what_to_do(run_evaluate, foreign, tmp_path, flag, name, write, words):
     write(tmp_path / name)
     other = {"--real": "--images", "--images": "--real"}[flag]
     with pytest.raises(UserError, match=f"{name} is .*{words}"):
-        run(flag, tmp_path / name, other, foreign[0])
+        run_evaluate(flag, tmp_path / name, other, foreign[0])
 
 
-def test_flags_that_need_images_are_refused_for_statistics(run, foreign, tmp_path):
+def test_flags_that_need_images_are_refused_for_statistics(run_evaluate, foreign, tmp_path):
     for flag in (["--infinity"], ["--num", 9], ["--neighbours", tmp_path / "n.png"]):
         with pytest.raises(UserError, match="a.npz holds statistics, but .* need images"):
-            run("--images", foreign[0], "--real", foreign[1], *flag)
+            run_evaluate("--images", foreign[0], "--real", foreign[1], *flag)
     with pytest.raises(UserError, match="a.npz holds statistics; give a folder"):
         evaluate.make_scorer(["--real", str(foreign[0])], 64, torch.device("cpu"))
 
@@ -136,9 +125,9 @@ def test_flags_that_need_images_are_refused_for_statistics(run, foreign, tmp_pat
 # ---------------------------------------------------------------------------------------------- reports
 
 
-def test_the_report_of_foreign_statistics_says_what_is_known_alone(run, foreign, tmp_path):
+def test_the_report_of_foreign_statistics_says_what_is_known_alone(run_evaluate, foreign, tmp_path):
     a, b = foreign
-    out = run("--images", a, "--real", b, "--json", tmp_path / "r.json")
+    out = run_evaluate("--images", a, "--real", b, "--json", tmp_path / "r.json")
     assert out.out.splitlines()[:2] == [f"{b}: real images; {a}: generated images", "64 features"]
     assert "warning" not in out.err and "make sure that both sides were measured alike" in out.err
     result = json.loads((tmp_path / "r.json").read_text())
@@ -161,26 +150,26 @@ def test_a_rank_deficient_covariance_is_a_warning(capsys):
 # ---------------------------------------------------------------------------------------------- outputs
 
 
-def test_save_stats_adds_npz_to_the_name(run, foreign, tmp_path):
-    run("--images", foreign[0], "--real", foreign[1], "--save-stats", tmp_path / "stats.v1")
-    assert run("--images", foreign[1], "--real", tmp_path / "stats.v1.npz").out.endswith(": 0.0000\n")
+def test_save_stats_adds_npz_to_the_name(run_evaluate, foreign, tmp_path):
+    run_evaluate("--images", foreign[0], "--real", foreign[1], "--save-stats", tmp_path / "stats.v1")
+    assert run_evaluate("--images", foreign[1], "--real", tmp_path / "stats.v1.npz").out.endswith(": 0.0000\n")
     assert statistics.npz_path("S.NPZ").name == "S.NPZ" and not (tmp_path / "stats.v1").exists()
 
 
 @pytest.mark.parametrize("flag, name", [("--json", "r.json"), ("--save-stats", "s.npz"), ("--neighbours", "n.png")])
-def test_no_output_is_overwritten_without_the_flag(run, dataroot, tmp_path, monkeypatch, flag, name):
+def test_no_output_is_overwritten_without_the_flag(run_evaluate, dataroot, tmp_path, monkeypatch, flag, name):
     flags = ("--images", dataroot / "64" / "train", flag, tmp_path / name)
     (tmp_path / name).write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load_extractor", None)  # the refusal comes before any work
         with pytest.raises(UserError, match=f"{name} exists; choose another {flag}, or pass --overwrite to replace it"):
-            run(*flags)
+            run_evaluate(*flags)
     assert (tmp_path / name).read_text() == "mine"
-    run(*flags, "--overwrite")
+    run_evaluate(*flags, "--overwrite")
     assert (tmp_path / name).read_bytes() != b"mine"
 
 
-def test_outputs_that_replace_an_input_or_each_other_are_refused(run, foreign, tmp_path):
+def test_outputs_that_replace_an_input_or_each_other_are_refused(run_evaluate, foreign, tmp_path):
     flags = ("--images", foreign[0], "--real", foreign[1], "--overwrite")
     for outputs, words in (
         (("--json", foreign[0]), "a.npz is an input of the same command"),
@@ -189,4 +178,4 @@ def test_outputs_that_replace_an_input_or_each_other_are_refused(run, foreign, t
         (("--json", tmp_path / "no" / "r.json"), "there is no folder"),
     ):
         with pytest.raises(UserError, match=words):
-            run(*flags, *outputs)
+            run_evaluate(*flags, *outputs)

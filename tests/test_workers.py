@@ -1,15 +1,12 @@
 """Processes that share work: support/workers.py, and reading images in them."""
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL
+from helpers import PROGRAMS, SMALL
 
 from dataloader import DataGenerater, load_batches
 from support.files import UserError
@@ -105,24 +102,9 @@ class DyingDataset(DataGenerater):
         return super().__getitem__(index)
 
 
-@pytest.fixture
-def run_with_small_shared_memory(tmp_path):
-    """Runs `python <arguments>` with a /dev/shm of 64 KiB. Docker's default of 64 MB is as small for larger images."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"]).returncode:
-        pytest.skip("needs the right to unshare")
-
-    def run(*arguments):
-        mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-
-    return run
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_training_with_little_shared_memory(dataroot, tmp_path, run_with_small_shared_memory, in_memory):
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dataloader, train; dataloader.CHUNK = 2; "
-    program += f"train.fits_in_memory = lambda *_: {in_memory}; train.main(sys.argv[1:])"
+def test_training_with_little_shared_memory(dataroot, tmp_path, run_with_shared_memory, in_memory):
+    """A /dev/shm of 64 KiB. Docker's default of 64 MB is as small for larger images."""
     flags = [*SMALL, "--dataroot", dataroot, "--outdir", "run", "--epochs", 1, "--workers", 2]
-    done = run_with_small_shared_memory("-c", program, *flags)
+    done = run_with_shared_memory("size=64k", PROGRAMS / "train_small_chunks.py", in_memory, *flags)
     assert done.returncode == 0 and (tmp_path / "run" / "generator.params").exists(), done.stderr
