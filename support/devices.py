@@ -101,7 +101,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate every block from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
