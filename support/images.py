@@ -66,7 +66,7 @@ def save_plot(rows: list[dict], colours: dict[str, str], path: Path) -> None:
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     top = max([row[name] for row in rows for name in colours] + [1e-9])
-    last = max(row["images_seen"] for row in rows)
+    last = max(row["images_seen"] for row in rows) or 1
     for i in range(5):  # grid lines and tick labels
         y = height - margin - i / 4 * (height - 2 * margin)
         draw.line([(margin, y), (width - margin, y)], "#dddddd")

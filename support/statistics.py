@@ -24,7 +24,8 @@ VERSION = 2  # of the measurement: raised when the same images would give other 
 READING = 2  # of image files: raised when a file would give other pixels, so that the cache is measured again
 # Two sets of statistics are comparable only if these are equal.
 IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
-FIELDS = (*IDENTITY, "mu", "sigma", "features", "n", "split")
+TEXTS, NUMBERS = ("network", "resize", "dtype", "weights_sha256", "split"), ("dims", "version", "resolution", "n")
+FIELDS = (*TEXTS, *NUMBERS, "mu", "sigma", "features")
 
 
 def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
@@ -88,7 +89,7 @@ def load_statistics(path: Path) -> dict:
         stats |= {name: stats[name].astype(np.float64) for name in ("mu", "sigma")}
         check_statistics(stats)
     except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, depending on the byte that is damaged
-        why = " ".join(str(error).split())
+        why = "Python objects" if "allow_pickle" in str(error) else " ".join(str(error).split())
         raise UserError(f"{path} holds no statistics mu and sigma ({why}); give another file") from None
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
@@ -102,7 +103,13 @@ def check_statistics(stats: dict) -> None:
         raise ValueError("mu and sigma do not fit each other")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("NaN or infinite values")
-    if not isinstance(n, int) or "features" in stats and stats["features"].shape != (n, len(mu)):
+    for kind, names in ((str, TEXTS), (int, NUMBERS)):
+        for name in names:
+            if not isinstance(stats.get(name, kind()), kind):
+                raise ValueError(f"{name} is of another type")
+    if stats.get("dims", len(mu)) != len(mu) or n < 2:
+        raise ValueError("dims or n does not fit mu and sigma")
+    if "features" in stats and (stats["features"].dtype != np.float32 or stats["features"].shape != (n, len(mu))):
         raise ValueError("n, mu and the features do not fit each other")
 
 

@@ -6,10 +6,11 @@
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from support.checkpoint import TrainState, name_last_checkpoint
 from support.files import atomic_write
 from support.images import save_animation, save_plot
+
+FIELDS = {"step", "epoch", "images_seen", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec"}  # of each row
 
 
 class Throughput:
@@ -75,13 +78,13 @@ def log_row(
 
 
 def read_log(path: Path, last_step: int = sys.maxsize) -> list[dict]:
-    """The rows of log.jsonl up to `last_step`. A killed training may have left later rows, and half a row."""
+    """The rows of log.jsonl up to `last_step`, without damaged ones. A killed training may leave half a row."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, OverflowError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and row.keys() >= FIELDS and all(map(math.isfinite, row.values())):
+                rows.append(row)
     return [row for row in rows if row["step"] <= last_step]
 
 
@@ -96,12 +99,17 @@ def continue_log(path: Path, step: int) -> TextIO:
 def save_summary(outdir: Path) -> None:
     """Draw losses.png, fid.png where FIDs were measured, and training.gif of a finished training."""
     rows = read_log(outdir / "log.jsonl")
-    save_plot(rows, {"loss_d": "#1f77b4", "loss_g": "#d62728"}, outdir / "losses.png")
+    if rows:
+        save_plot(rows, {"loss_d": "#1f77b4", "loss_g": "#d62728"}, outdir / "losses.png")
     measured = [row for row in rows if "fid" in row]
     if measured:
         save_plot(measured, {"fid": "#2ca02c"}, outdir / "fid.png")
-    grids = [Image.open(path).convert("RGB") for path in sorted((outdir / "samples").glob("epoch_*.png"))]
-    save_animation(grids, outdir / "training.gif", milliseconds=400)
+    grids = []
+    for path in sorted((outdir / "samples").glob("epoch_*.png")):
+        with suppress(Exception):  # decoders raise any kind; the animation leaves out a damaged picture
+            grids.append(Image.open(path).convert("RGB"))
+    if grids:
+        save_animation(grids, outdir / "training.gif", milliseconds=400)
 
 
 def next_commands(outdir: Path, dataroot: Path) -> str:

@@ -95,8 +95,10 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; {remedy}")
     for name, tensor in nested_tensors(content):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{path}: {name} is a sparse, quantized or empty tensor, not a plain one; {remedy}")
         # With a stride of 0, a file of a few bytes can claim 2**40 elements. Refuse it before anything copies it.
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: {name} claims {tensor.numel():,} elements it does not hold; {remedy}")
     return content
 

@@ -104,15 +104,21 @@ def repeat_block(rng: np.random.Generator, data: bytearray) -> None:
 MUTATIONS = (flip_bits, truncate, zero_block, splice_header, write_number, repeat_block)
 
 
+def damage(rng: np.random.Generator, data: bytearray) -> str:
+    """Change `data` in one or more ways. Returns the name of the first."""
+    first = MUTATIONS[rng.integers(len(MUTATIONS))]
+    first(rng, data)
+    while data and rng.random() < 0.3:
+        MUTATIONS[rng.integers(len(MUTATIONS))](rng, data)
+    return first.__name__
+
+
 def damaged_file(seed: int, number: int) -> tuple[str, str, str, bytes]:
     """File `number` of `seed`: (kind, mutation, suffix, bytes)."""
     rng = np.random.default_rng((seed, number))
     kind, suffix, whole = whole_files()[rng.integers(len(whole_files()))]
-    data, first = bytearray(whole), MUTATIONS[rng.integers(len(MUTATIONS))]
-    first(rng, data)
-    while data and rng.random() < 0.3:
-        MUTATIONS[rng.integers(len(MUTATIONS))](rng, data)
-    return kind, first.__name__, suffix, bytes(data)
+    data = bytearray(whole)
+    return kind, damage(rng, data), suffix, bytes(data)
 
 
 def memory() -> float:

@@ -1,7 +1,10 @@
 """Wrong flags and bad input of the four scripts: each error is one clear sentence."""
 
+from collections import Counter
+
 import pytest
 import torch
+from fuzz_scripts import RUNS, fuzz
 from helpers import SMALL, jpeg
 from PIL import Image
 
@@ -146,3 +149,15 @@ def test_evaluate_refuses_bad_input(evaluate_refuses, tmp_path, flags, words):
 
 def test_evaluate_refuses_bad_input_as_a_script(run_script, refused):
     refused(run_script("evaluate.py", "--params", "runs/64/generator.params"), "runs/64/generator.params", "train.py")
+
+
+# ---------------------------------------------------------------------------------------------- damaged input
+
+
+def test_damaged_input_of_all_scripts(tmp_path):
+    """The short form of tests/fuzz_scripts.py."""
+    counts, outcomes = Counter(), fuzz(60, seed=1, folder=tmp_path / "fuzz")
+    for (run, _), number in outcomes.items():
+        counts[run] += number
+    assert counts.total() == 60 and counts.keys() == {run.__name__ for run in RUNS}
+    assert {outcome for _, outcome in outcomes} == {"done", "refused"}

@@ -11,7 +11,7 @@ from helpers import SMALL, assert_same_training, load, run_training
 import train
 from support.checkpoint import open_outdir
 from support.files import UserError
-from support.training_log import continue_log, read_log
+from support.training_log import FIELDS, continue_log, read_log
 
 
 class Bomb:
@@ -69,10 +69,12 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(dataroot, tmp_path, c
 
 
 def test_the_log_loses_the_rows_after_the_checkpoint(tmp_path):
-    rows = [json.dumps({"step": step}) for step in (20, 40, 60)]
-    (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 7']))
+    rows = [json.dumps(dict.fromkeys(FIELDS, step)) for step in (20, 40, 60)]
+    damaged = [b'{"step": 30}', b"[]", b"\xff\xfe", rows[0].encode().replace(b"20", b'"20"', 1)]
+    lines = [rows[0].encode(), *damaged, rows[1].encode(), rows[2].encode(), b'{"step": 7']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     with continue_log(tmp_path / "log.jsonl", 45) as log:
-        log.write('{"step": 60}\n')
+        log.write(rows[2])
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl", 99)] == [20, 40, 60]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import train
 from support.files import UserError
-from support.training_log import Throughput, log_row
+from support.training_log import FIELDS, Throughput, log_row, save_summary
 
 
 def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
@@ -94,6 +94,17 @@ def test_a_warning_when_the_discriminator_has_won(tmp_path, capsys):
         with (tmp_path / "log.jsonl").open("a") as log:
             row = log_row(state, args, 1, 20, Throughput(0), log)
         assert row["loss_d"] == pytest.approx(loss_d) and ("D has won" in capsys.readouterr().err) == has_won
+
+
+def test_a_damaged_picture_of_samples_is_left_out_of_the_animation(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"epoch_00{number}.png")
+    (tmp_path / "samples" / "epoch_003.png").write_bytes(b"\x89PNG and no more")
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict.fromkeys(FIELDS, 1)))
+    save_summary(tmp_path)
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.size == (8, 8)
 
 
 def test_nan_stops_the_training(dataroot, tmp_path, run_script, refused):

@@ -68,6 +68,8 @@ def truncated(path):
     (lambda path: torch.save(network.Discriminator(4).state_dict(), path), "discriminator"),
     (overlapping, "claims"),
     (changed(lambda s: s["main.0.weight"].fill_(float("nan"))), "NaN"),
+    (changed(lambda s: s.update({"main.1.bias": torch.zeros(32, device="meta")})), "main.1.bias.*not a plain one"),
+    (changed(lambda s: s.update({"main.1.bias": torch.eye(4).to_sparse()})), "main.1.bias.*not a plain one"),
     (changed(lambda s: s.pop("main.1.bias")), "main.1.bias"),
     (changed(lambda s: s.update(extra=torch.zeros(1))), "extra"),
     (changed(lambda s: s.update({"main.1.bias": torch.zeros(3)})), "main.1.bias"),
