@@ -163,7 +163,8 @@ def damage_folder(rng: np.random.Generator, folder: Path) -> None:
 
 def damage_training(rng: np.random.Generator, outdir: Path) -> None:
     """Damage one to three files of a finished training."""
-    for path in rng.choice(sorted(path for path in outdir.rglob("*") if path.is_file()), rng.integers(1, 4)):
+    files = sorted(path for path in outdir.rglob("*") if path.is_file())
+    for path in rng.choice(files, rng.integers(1, 4), replace=False):
         if path.suffix == ".pt" and path.is_file():
             damage_weights(rng, path)
         elif rng.random() < 0.2:
