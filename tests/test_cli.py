@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def test_ctrl_c_in_generator(tmp_path, params):
     for path in faces.glob("*.png"):
         with Image.open(path) as face:
             face.load()
+
+
+@posix
+def test_ctrl_c_in_the_middle_of_a_measurement(tmp_path, params, weights, dataroot):
+    """The statistics of the real images, which are finished, stay in the cache. No output is begun."""
+    shutil.copytree(dataroot / "64", tmp_path / "data" / "64")
+    flags = ["--params", params, "--weights", weights, "--inception", "tf2015", "--dims", "64", "--num", "99999"]
+    flags += ["--json", "out.json", "--save-stats", "out.npz"]
+    cache = tmp_path / "data" / ".statistics"
+    code, errors = interrupt(tmp_path, lambda _: any(cache.glob("*.npz")), ROOT / "evaluate.py", *flags)
+    assert (code, errors) == (130, "")
+    assert len(list(cache.iterdir())) == 1 and not list(tmp_path.glob("*out*"))
 
 
 @posix
