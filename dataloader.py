@@ -190,15 +190,19 @@ def make_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    as_indices: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Shuffled whole batches, uint8 (batch_size / world_size, 3, S, S), of one epoch, from `first_batch` on.
 
     The order depends on (seed, epoch) alone, so that a resumed training continues with the same batches. An epoch
     leaves out the images that do not fill a batch. Each of `world_size` processes gets its own part of every batch.
-    `workers` processes read the files. None starts when the images are in memory.
+    `workers` processes read the files. None starts when the images are in memory. With `as_indices`, batches are the
+    indices int64 (batch_size / world_size,) of the images, for a caller that has the images on its device.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
     batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[first_batch:, rank::world_size]
+    if as_indices:
+        return iter(torch.from_numpy(batches).contiguous())
     return load_batches(dataset, batches.tolist(), workers if dataset.images is None else 0, pin_memory)
 
 

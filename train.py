@@ -22,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -37,9 +38,9 @@ from support import checkpoint, distributed
 from support.augment import augment
 from support.checkpoint import TrainState, load_checkpoint, open_outdir, save_args, save_checkpoint, save_params
 from support.cli import HelpFormatter, float_below, int_at_least, run
-from support.cuda_graph import CudaGraph
-from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, set_up_device
-from support.ema import recalibrate_batchnorm, update_ema
+from support.cuda_graph import as_cuda_graph
+from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_device
+from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.files import UserError, cannot_write
 from support.images import image_grid, save_image
 from support.seeding import latents, step_augmentations, step_latents
@@ -62,6 +63,8 @@ class Setup:
     args: argparse.Namespace
     device: torch.device
     dataset: DataGenerater
+    images: torch.Tensor | None  # all training images, on the device; None where they do not fit there
+    launch: Callable  # train_step() of step_inputs()
     log: TextIO | None
     score: Callable[[network.Generator], float] | None
     autocast: torch.autocast
@@ -80,17 +83,28 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     if args.compile:
         netG.compile()
         netD.compile()
-    state = TrainState(netG, netD, netG_ema, optG, optD, totals=torch.zeros(4, device=device))
-    if device.type == "cuda" and not (args.compile or distributed.is_joined()):  # neither was tried inside a graph
-        state.graph = CudaGraph(update_networks)
-    return state
+    return TrainState(netG, netD, netG_ema, optG, optD, totals=torch.zeros(4, device=device))
 
 
-def train_step(state: TrainState, autocast: torch.autocast, ema: float, *inputs: torch.Tensor) -> None:
-    """One step of D, of G and of the EMA weights on `inputs`, which are real, z and perhaps u of update_networks()."""
-    (state.graph or update_networks)(state, autocast, *inputs)
-    state.step += 1
-    update_ema(state.netG_ema, state.netG, state.step, ema)
+def step_inputs(args: argparse.Namespace, step: int, batch: torch.Tensor) -> list[torch.Tensor]:
+    """What train_step() takes in training step `step`, on the CPU: batch, z, weight and, with --augment, u."""
+    rank, world_size = distributed.rank_and_world_size()
+    z = step_latents(args.seed, step, args.batch_size, args.nz)[rank::world_size]
+    u = [step_augmentations(args.seed, step, args.batch_size)[:, rank::world_size]] if args.augment else []
+    return [batch, z, torch.tensor(ema_weight(step + 1, args.ema)), *u]
+
+
+def train_step(
+    state: TrainState, autocast: torch.autocast, images: torch.Tensor | None, *inputs: torch.Tensor
+) -> None:
+    """One step of D, of G and of the EMA weights on step_inputs(). On a GPU, one CUDA graph holds all of it.
+
+    The batch holds indices (N,) into the training `images` on the device, or uint8 images (N,3,S,S) if that is None.
+    """
+    batch, z, weight, *u = (x.to(state.totals.device, non_blocking=True) for x in inputs)
+    real = to_float(batch if images is None else images[batch]).contiguous(memory_format=torch.channels_last)
+    update_networks(state, autocast, real, z, *u)
+    update_ema(state.netG_ema, state.netG, weight)
 
 
 def update_networks(
@@ -138,14 +152,12 @@ def train_epoch(state: TrainState, setup: Setup, epoch: int) -> int:
     args, (rank, world_size) = setup.args, distributed.rank_and_world_size()
     steps = len(setup.dataset) // args.batch_size
     first, pin = state.step % steps, setup.device.type == "cuda"
-    batches = make_loader(setup.dataset, args.batch_size, args.seed, epoch, first, args.workers, pin, rank, world_size)
+    data = (setup.dataset, args.batch_size, args.seed, epoch, first, args.workers, pin, rank, world_size)
+    batches = make_loader(*data, as_indices=setup.images is not None)
     bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", steps, initial=first, disable=rank > 0 or None)
     for done, batch in enumerate(bar, first + 1):
-        real = to_float(batch.to(setup.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        z = step_latents(args.seed, state.step, args.batch_size, args.nz)[rank::world_size]
-        u = [step_augmentations(args.seed, state.step, args.batch_size)[:, rank::world_size]] if args.augment else []
-        z_and_u = (x.to(setup.device, non_blocking=True) for x in (z, *u))
-        train_step(state, setup.autocast, args.ema, real, *z_and_u)
+        setup.launch(*step_inputs(args, state.step, batch))
+        state.step += 1
         stop = distributed.agree_on_signal(setup.signals)
         if done == steps or done % LOG_EVERY == 0:
             fid = end_epoch(state, setup, epoch + 1) if done == steps else None
@@ -211,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where supported")
-    add("--compile", action="store_true", help="use torch.compile, not a CUDA graph; it starts slowly")
+    add("--compile", action="store_true", help="fuse layers by torch.compile; it starts slowly")
     add("--deterministic", action="store_true", help="give the same bits for the same seed on a GPU too; slower")
     add("--workers", type=int_at_least(0), default=2, help="processes that read images which do not fit in memory")
     add = parser.add_argument_group("evaluation").add_argument
@@ -258,10 +270,13 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         if not args.resume:
             save_checkpoint(state, args, log)  # --resume works from here on
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        setup = Setup(args, device, dataset, log, score, autocast, distributed.catch_signals(), Throughput(state.step))
-        for epoch in range(state.step // (len(dataset) // args.batch_size), args.epochs):
-            if stop := train_epoch(state, setup, epoch):
-                break
+        images, signals = place_on_device(dataset.images, device), distributed.catch_signals()
+        step = partial(train_step, state, autocast, images)
+        with as_cuda_graph(step, (state.optD, state.optG), device) as launch:
+            setup = Setup(args, device, dataset, images, launch, log, score, autocast, signals, Throughput(state.step))
+            for epoch in range(state.step // (len(dataset) // args.batch_size), args.epochs):
+                if stop := train_epoch(state, setup, epoch):
+                    break
         if first_rank and stop:
             flags = shlex.join(["--resume", "--outdir", str(args.outdir)])
             print(f"\nstopped at step {state.step}; go on with {flags}", file=sys.stderr)

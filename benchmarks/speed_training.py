@@ -25,10 +25,10 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from dataloader import DataGenerater, make_loader, to_float
+from dataloader import DataGenerater, make_loader
 from network import Discriminator, Generator
-from support.devices import DTYPES, keep_freed_memory, pick_precision
-from support.seeding import step_latents
+from support.cuda_graph import CudaGraph
+from support.devices import DTYPES, keep_freed_memory, pick_precision, place_on_device
 
 
 def use_torch_convolutions(net: nn.Module) -> nn.Module:
@@ -114,24 +114,28 @@ class OurLoop:
         flags += ["--workers", workers]
         self.args, self.device, self.dataset = train.parse_args([*map(str, flags)]), device, dataset
         self.state, self.data_wait_sec = train.make_state(self.args, device), 0.0
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         torch.backends.cudnn.benchmark = True
+        self.images = place_on_device(dataset.images, device)
+        self.launch = self.plain_step = partial(train.train_step, self.state, autocast, self.images)
+        if device.type == "cuda":
+            self.launch = CudaGraph(self.plain_step, (self.state.optD, self.state.optG), device)
         self.batches = self.read_batches()
-        for _ in range(5 if self.state.graph else 1):  # 5 steps cover the warm-up and the capture of the CUDA graph
+        for _ in range(5 if device.type == "cuda" else 1):  # the warm-up and the recording of the CUDA graph
             self.step()
 
     def read_batches(self) -> Iterator[torch.Tensor]:
         for epoch in range(10**9):
             pin = self.device.type == "cuda"
-            yield from make_loader(self.dataset, self.args.batch_size, 0, epoch, 0, self.args.workers, pin)
+            flags = (self.args.batch_size, 0, epoch, 0, self.args.workers, pin)
+            yield from make_loader(self.dataset, *flags, as_indices=self.images is not None)
 
     def step(self) -> None:
         start = time.perf_counter()
         batch = next(self.batches)
         self.data_wait_sec += time.perf_counter() - start
-        real = to_float(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        z = step_latents(0, self.state.step, len(real)).to(self.device, non_blocking=True)
-        train.train_step(self.state, self.autocast, self.args.ema, real, z)
+        self.launch(*train.step_inputs(self.args, self.state.step, batch))
+        self.state.step += 1
 
 
 def images_per_sec(loop: TutorialLoop | OurLoop, steps: int, batch_size: int) -> float:
@@ -147,7 +151,7 @@ def images_per_sec(loop: TutorialLoop | OurLoop, steps: int, batch_size: int) ->
 def flops_per_image(dataset, device: torch.device, size: int) -> float:
     """FLOPs of one training step, per image."""
     loop = OurLoop(dataset, device, 8, "fp32", size)
-    loop.state.graph = None  # the counter does not see the kernels of a CUDA graph
+    loop.launch = loop.plain_step  # the counter does not see the kernels of a CUDA graph
     with FlopCounterMode(display=False) as counter:
         loop.step()
     return counter.get_total_flops() / 8

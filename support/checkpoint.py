@@ -14,7 +14,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -38,10 +37,7 @@ SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_fl
 
 @dataclass
 class TrainState:
-    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row.
-
-    `graph` launches a step on a GPU; None calls the step itself.
-    """
+    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row."""
 
     netG: nn.Module
     netD: nn.Module
@@ -49,7 +45,6 @@ class TrainState:
     optG: torch.optim.Optimizer
     optD: torch.optim.Optimizer
     totals: torch.Tensor
-    graph: Callable | None = None
     step: int = 0
 
     def parts(self) -> dict:

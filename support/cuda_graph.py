@@ -1,48 +1,69 @@
 """A training step as one CUDA graph: a single launch in place of hundreds.
 
+    with as_cuda_graph(step, [optD, optG], device) as launch:      # on the CPU, launch is step
+        launch(batch, z)
+
 Python takes several times as long to launch the kernels of a step as a GPU takes to run them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-
-from support.checkpoint import TrainState
 
 WARM_UP = 3  # steps without a graph: in the first, cuDNN tries its algorithms and Adam makes its moments
 
 
-class CudaGraph:
-    """Calls `step(state, autocast, *inputs)` WARM_UP times, then records it and replays the recording.
+@contextmanager
+def as_cuda_graph(step: Callable, optimizers: Sequence, device: torch.device) -> Iterator[Callable]:
+    """`step`, or on CUDA a CudaGraph of it that lives until the end of the block.
 
-    A replay has the bits of a plain call. `inputs` are tensors on the GPU, of the same shapes in each step.
+    NCCL's group waits for all graphs that hold its kernels: leave the block before you destroy the group.
+    """
+    if device.type != "cuda":
+        yield step
+        return
+    graph = CudaGraph(step, optimizers, device)
+    try:
+        yield graph
+    finally:
+        graph.graph = None
+
+
+class CudaGraph:
+    """Calls `step(*inputs)` WARM_UP times, then records it and replays the recording.
+
+    A replay has the bits of a plain call. `inputs` are tensors of the same shapes and types in each call, on the CPU or
+    on the GPU. `optimizers` are those that the step uses. The step returns nothing: autograd nodes that outlive it are
+    tied to this stream, and a recording, which uses another stream, fails when it meets them.
     """
 
-    def __init__(self, step: Callable):
-        self.step, self.steps_without_graph = step, WARM_UP
+    def __init__(self, step: Callable, optimizers: Sequence[torch.optim.Optimizer], device: torch.device):
+        self.step, self.optimizers, self.device = step, optimizers, device
+        self.steps_without_graph = WARM_UP
         self.graph = self.inputs = None
 
-    def __call__(self, state: TrainState, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
+    def __call__(self, *inputs: torch.Tensor) -> None:
+        if self.inputs is None:
+            self.inputs = [torch.empty_like(x, device=self.device) for x in inputs]
+        for recorded, new in zip(self.inputs, inputs):
+            recorded.copy_(new if new.is_cuda else new.pin_memory(), non_blocking=True)
         if self.steps_without_graph:
             self.steps_without_graph -= 1
-            # The step must return nothing: autograd nodes that outlive it are tied to this stream, and a recording,
-            # which uses another stream, fails when it meets them.
-            self.step(state, autocast, *inputs)
+            self.step(*self.inputs)
             return
         if self.graph is None:
-            self.record(state, autocast, *inputs)
-        for recorded, new in zip(self.inputs, inputs):
-            recorded.copy_(new)
+            self.record()
         self.graph.replay()
 
-    def record(self, state: TrainState, autocast: torch.autocast, *inputs: torch.Tensor) -> None:
+    def record(self) -> None:
         """Record the kernels of a step and the memory that they read and write. None of them runs."""
-        self.graph, self.inputs = torch.cuda.CUDAGraph(), [torch.empty_like(x) for x in inputs]
-        groups = [*state.optD.param_groups, *state.optG.param_groups]
+        self.graph = torch.cuda.CUDAGraph()
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             group["capturable"] = True  # Adam requires it during a recording and warns about it elsewhere
-        # thread_local: another thread may allocate pinned memory for the next batch meanwhile.
+        # thread_local: other threads may allocate pinned memory, and NCCL's watchdog queries events meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.step(state, autocast, *self.inputs)
+            self.step(*self.inputs)
         for group in groups:
             group["capturable"] = False

@@ -105,6 +105,14 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def place_on_device(images: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """`images` on `device`; None where they would take more than a quarter of a GPU's free memory, or are None."""
+    if images is None or device.type == "cpu":
+        return images
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    return images.to(device) if fits else None
+
+
 def fits_in_memory(n: int, image_size: int) -> bool:
     """Whether `n` uint8 images take less than half of this machine's memory (8 GiB where the system does not say)."""
     try:

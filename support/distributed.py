@@ -32,14 +32,13 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     Tensors on CUDA travel over NCCL, all others over gloo. Raises UserError as pick_device() does, when the processes
     cannot connect to each other, and when another one has ended or its machine cannot be reached.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if several and missing:
+    missing = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"WORLD_SIZE is set and {min(missing)} is not; start with torchrun, or unset WORLD_SIZE")
-    device = pick_device(name, int(os.environ["LOCAL_RANK"]) if several else None)
+    device = pick_device(name, None if missing else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
-    if several:
+    if not missing:
         connect_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with explain_lost_rank():

@@ -1,6 +1,6 @@
 """The exponential moving average (EMA) of the generator's weights, which draws better faces than the raw weights.
 
-    update_ema(netG_ema, netG, step, decay=0.999)
+    update_ema(netG_ema, netG, torch.tensor(ema_weight(step, decay=0.999)))
     recalibrate_batchnorm(netG_ema, seed, step, batch_size, device)
 """
 
@@ -11,11 +11,16 @@ from torch.optim.swa_utils import update_bn
 from support.seeding import step_latents
 
 
+def ema_weight(step: int, decay: float) -> float:
+    """1 - the decay after `step` steps, which grows from 0 to `decay`, so that short trainings profit too."""
+    return 1 - min(decay, step / (step + 10))
+
+
 @torch.no_grad()
-def update_ema(netG_ema: nn.Module, netG: nn.Module, step: int, decay: float) -> None:
-    """Move the EMA weights towards G's. The decay grows from 0 to `decay`, so that short trainings profit too."""
-    decay = min(decay, step / (step + 10))
-    torch._foreach_lerp_(list(netG_ema.parameters()), list(netG.parameters()), 1 - decay)
+def update_ema(netG_ema: nn.Module, netG: nn.Module, weight: torch.Tensor) -> None:
+    """Move the EMA weights towards G's by the share `weight` (), a tensor, so that a CUDA graph reads its new value."""
+    for average, parameter in zip(netG_ema.parameters(), netG.parameters()):
+        average.lerp_(parameter, weight)
 
 
 def recalibrate_batchnorm(netG_ema: nn.Module, seed: int, step: int, batch_size: int, device: torch.device) -> None:

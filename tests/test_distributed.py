@@ -23,7 +23,7 @@ from PIL import Image
 
 import network
 import train
-from dataloader import DataGenerater, to_float
+from dataloader import DataGenerater
 from support.distributed import first_rank_writes, from_first_rank, joined_ranks, once_per_machine
 from support.files import UserError
 from support.statistics import load_statistics
@@ -39,7 +39,7 @@ def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "gloo" not in done.stdout
     ranks = [load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    images = to_float(DataGenerater(dataroot / "64" / "train", in_memory=True).images)
+    images = DataGenerater(dataroot / "64" / "train", in_memory=True).images
     seen = torch.cat([rank.pop("seen") for rank in ranks])
     indices = [(images == image).flatten(1).all(1).nonzero().item() for image in seen]  # each image is in the data set
     assert len(indices) == len(images) // 8 * 8 == len(set(indices))

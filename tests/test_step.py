@@ -1,5 +1,6 @@
 """The training step: losses, updates of both networks, EMA weights, bf16, torch.compile and the CUDA graph."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,15 +11,23 @@ from torch import nn
 import train
 from dataloader import DataGenerater, make_loader, to_float
 from support.augment import augment
+from support.cuda_graph import CudaGraph
 from support.ema import recalibrate_batchnorm
 from support.seeding import step_augmentations, step_latents
 
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
+def take_steps(state, args, count):
+    """Steps 0 to `count` on black images."""
+    images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    for step in range(count):
+        train.train_step(state, EAGER, images, *train.step_inputs(args, step, torch.arange(8)))
+
+
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm"]])
 def test_20_steps_equal_a_plain_loop(dataroot, flags):
-    """train_step equals the report's loop in its plain form: BCELoss, contiguous tensors, gradients of all weights.
+    """update_networks equals the report's plain loop: BCELoss, contiguous tensors, gradients of all weights.
 
     Both use float64: Adam divides by gradients near zero, which amplifies a different order of summation.
     """
@@ -35,7 +44,7 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags):
         z = step_latents(0, step, 8, 8).double()
         u = step_augmentations(0, step, 8).double() if flags else [None] * 3
         inputs = (real.contiguous(memory_format=torch.channels_last), z, u)
-        train.train_step(state, EAGER, 0.999, *inputs[: 3 if flags else 2])
+        train.update_networks(state, EAGER, *inputs[: 3 if flags else 2])
 
         netD.zero_grad()
         errD_real = criterion(netD(augment(real, u[0])), torch.ones(8, 1, 1, 1))
@@ -63,7 +72,7 @@ def test_compiled_steps_equal_eager_steps(monkeypatch):
     for step in range(3):
         real = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(step)) * 2 - 1
         for state in states:
-            train.train_step(state, EAGER, 0.999, real, step_latents(0, step, 8, 8))
+            train.update_networks(state, EAGER, real, step_latents(0, step, 8, 8))
     assert states[0].totals.tolist() == pytest.approx(states[1].totals.tolist(), rel=1e-5)
     for eager, compiled in zip(states[0].netG.parameters(), states[1].netG.parameters()):
         assert (eager - compiled).abs().max() < 1e-5
@@ -88,7 +97,7 @@ def test_losses_by_hand():
     state.netD = Constant()
     state.optD = torch.optim.SGD(state.netD.parameters(), 1.0)
     logit = torch.tensor(1 / 3).log().item()
-    train.train_step(state, EAGER, 0, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8))
+    train.update_networks(state, EAGER, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8))
     after = torch.sigmoid(torch.tensor(logit - ((0.25 - 1) + 0.25)))  # d/dlogit of both losses
     expected = [torch.tensor([0.25, 0.75]).log().neg().sum().item(), after.log().neg().item(), 0.25, 0.25]
     assert state.totals.tolist() == pytest.approx(expected, rel=1e-4)
@@ -100,7 +109,7 @@ def test_a_step_of_one_network_leaves_the_other_unchanged(frozen, moving, lr):
     getattr(state, lr).param_groups[0]["lr"] = 0.0  # the gradients are still computed
     before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("netG", "netD")}
     real = torch.rand(8, 3, 64, 64) * 2 - 1
-    train.train_step(state, EAGER, 0.999, real, step_latents(0, 0, 8, 8))
+    train.update_networks(state, EAGER, real, step_latents(0, 0, 8, 8))
     same = {
         name: [torch.equal(a, b) for a, b in zip(before[name], getattr(state, name).parameters())] for name in before
     }
@@ -108,13 +117,11 @@ def test_a_step_of_one_network_leaves_the_other_unchanged(frozen, moving, lr):
 
 
 def test_ema_warms_up_and_does_not_change_training():
-    args = small_args()
     runs = {}
     for ema in (0, 0.999):
-        state = train.make_state(args, torch.device("cpu"))
-        for step in range(3):
-            train.train_step(state, EAGER, ema, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8))
-        runs[ema] = state
+        args = small_args("--ema", str(ema))
+        state = runs[ema] = train.make_state(args, torch.device("cpu"))
+        take_steps(state, args, 3)
     assert_equal(runs[0].netG.state_dict(), runs[0.999].netG.state_dict())
     raw, ema, no_ema = (list(n.parameters()) for n in (runs[0].netG, runs[0.999].netG_ema, runs[0].netG_ema))
     assert not any(map(torch.equal, ema, raw))
@@ -125,8 +132,7 @@ def test_ema_has_recalibrated_batchnorm_statistics():
     """The first layer is linear in latents of N(0,1): its variances are sums of squared weights. G does not change."""
     args = small_args("--ema", "0.5")
     state = train.make_state(args, torch.device("cpu"))
-    for step in range(3):
-        train.train_step(state, EAGER, args.ema, torch.zeros(8, 3, 64, 64), step_latents(0, step, 8, 8))
+    take_steps(state, args, 3)
     before = copy.deepcopy(state.netG.state_dict())
     recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, torch.device("cpu"))
     assert_equal(before, state.netG.state_dict())
@@ -146,8 +152,8 @@ def test_bf16_tracks_fp32(dataroot):
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
         for step in range(200):
             real = to_float(next(iter(make_loader(dataset, 8, 0, step))))
-            train.train_step(state, autocast, 0.999, real, step_latents(0, step, 8, 8))
-            if state.step % 50 == 0:
+            train.update_networks(state, autocast, real, step_latents(0, step, 8, 8))
+            if step % 50 == 49:
                 means[enabled].append(state.totals / 50)
                 state.totals = torch.zeros(4)
         assert next(state.netG.parameters()).dtype == torch.float32
@@ -155,18 +161,26 @@ def test_bf16_tracks_fp32(dataroot):
     assert (difference < torch.tensor([0.3, 0.3, 0.05, 0.05])).all(), difference  # NaN fails too
 
 
+def test_images_in_memory_and_from_files_give_the_same_training(dataroot, tmp_path, monkeypatch):
+    """Indices into images on the device, and batches of images."""
+    run_training(dataroot, tmp_path / "indices", "--epochs", 1)
+    monkeypatch.setattr(train, "place_on_device", lambda images, device: None)
+    run_training(dataroot, tmp_path / "batches", "--epochs", 1)
+    assert_same_training(tmp_path / "indices", tmp_path / "batches")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--precision", "bf16"]])
 def test_a_cuda_graph_gives_the_same_bits_as_single_launches(dataroot, tmp_path, monkeypatch, flags):
     """Also for a resumed training, which records a second graph."""
-    record, recorded = train.CudaGraph.record, []
-    monkeypatch.setattr(train.CudaGraph, "record", lambda *inputs: recorded.append(record(*inputs)))
+    record, recorded = CudaGraph.record, []
+    monkeypatch.setattr(CudaGraph, "record", lambda graph: recorded.append(record(graph)))
     flags = ["--device", "cuda", "--deterministic", *flags]
     run_training(dataroot, tmp_path / "graph", "--epochs", 3, *flags)
     run_training(dataroot, tmp_path / "resumed", "--epochs", 1, *flags)
     run_training(dataroot, tmp_path / "resumed", "--epochs", 3, "--resume", *flags)
     assert len(recorded) == 3
-    monkeypatch.setattr(train, "CudaGraph", lambda step: None)
+    monkeypatch.setattr(train, "as_cuda_graph", lambda step, *_: contextlib.nullcontext(step))
     run_training(dataroot, tmp_path / "plain", "--epochs", 3, *flags)
     assert_same_training(tmp_path / "graph", tmp_path / "plain")
     assert_same_training(tmp_path / "resumed", tmp_path / "plain")
