@@ -52,7 +52,7 @@ def whole_files() -> list[tuple[str, str, bytes]]:
         ("webp", photo, {"exif": exif}), ("webp", rgba, {"lossless": True}), ("webp", photo, moving),
         ("gif", palette, {"transparency": 2}), ("gif", photo, moving), ("bmp", photo, {}), ("bmp", palette, {}),
         ("tiff", photo, {"exif": exif}), ("tiff", deep, {}), ("tiff", Image.fromarray(np.float32(x / 48)), {}),
-        ("ppm", photo, {}), ("ppm", deep, {}),
+        ("ppm", photo, {}), ("ppm", deep.convert("I"), {}),
     ]
     recipes += [("tiff", photo, {"compression": c}) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")]
     files = []
