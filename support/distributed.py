@@ -10,6 +10,7 @@ import platform
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -74,6 +75,9 @@ def leave_ranks() -> None:
     global step_group
     step_group = None
     if dist.is_initialized():
+        # The group's threads free the tensors that they sent last, and need Python's lock for that. The next line
+        # holds the lock while it waits for these threads: without the pause, some processes never ended.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
