@@ -3,10 +3,13 @@
     python generator.py                                        # 64 faces of your training, or of a pretrained generator
     python generator.py --params runs/128/generator.params --seeds 0-9999 --outdir fakes
     python generator.py --seeds 3,14,15 --grid --interpolate   # also one picture of all, and a morph between them
+    python generator.py --arithmetic "1,2,3 - 4,5,6 + 7,8,9"   # a sum of the mean faces of three groups of seeds
+    python generator.py --project me.jpg you.jpg               # the faces that come nearest to photos -> projections/
+    python generator.py --latents projections/me.latents projections/you.latents --interpolate --outdir morph
     torchrun --nproc-per-node 4 -- generator.py --seeds 0-9999 # four GPUs share the faces
 
 Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too,
-and so does any checkpoint that holds one generator.
+and so does any checkpoint that holds one generator. In Python: generate(load_generator("generator.params"), [7]).
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
@@ -18,22 +21,25 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from dataloader import to_uint8
+from dataloader import to_float, to_uint8
 from network import Generator
 from support import distributed
 from support.cli import HelpFormatter, count_cores, int_at_least, run
 from support.devices import DTYPES, explain_out_of_memory
 from support.files import OVERWRITE_HELP, UserError, atomic_write, printable, refuse_existing
-from support.images import encode_png, image_grid, save_animation, save_image
+from support.images import encode_png, image_grid, save_animation, save_image, side_by_side, to_pil
+from support.latent_space import arithmetic, interpolate, mean_latent, neighbours, read_latents
+from support.projection import ITERATIONS, complete, project, psnr, read_photo
 from support.seeding import latents
-from support.weights import add_counters, check_tensors, find_networks, load_tensors
+from support.weights import add_counters, check_tensors, find_generator, kernels_of, load_tensors, save_tensors
 
-FRAMES = 24  # of the morph from one seed to the next
 TRAINED = Path("runs/64/generator.params")
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "generator_64.params"
 REMEDY = "pass the generator.params of a training to --params"
@@ -61,7 +67,7 @@ def generator_from_state_dict(content: dict, path: str | Path) -> Generator:
     with any prefix before its names, or a dictionary that holds one. Raises UserError, which names `path`, for
     anything else.
     """
-    state = find_generator(content, path)
+    state = find_generator(content, path, REMEDY)
     kernels = kernels_of(state)
     nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
     with torch.device("meta"):  # takes no memory before the shapes have been compared
@@ -74,42 +80,6 @@ def generator_from_state_dict(content: dict, path: str | Path) -> Generator:
         raise UserError(f"{path} does not hold a DCGAN generator (see {printable(extra[0])}); {REMEDY}")
     netG.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
     return netG.eval().requires_grad_(False)
-
-
-def find_generator(content: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of the one generator in `content`, or of the EMA generator of a checkpoint of train.py."""
-    networks = find_networks(content, "main.0.weight")
-    networks = {name: state for name, state in networks.items() if kernels_of(state)}
-    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
-    if generators.keys() == {"netG", "average"}:
-        print(f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params", file=sys.stderr)
-        return generators["average"]
-    if len(generators) > 1:
-        names = printable(", ".join(name or "one without a prefix" for name in generators))
-        raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone, and pass that")
-    if not generators:
-        if networks:
-            raise UserError(f"{path} holds a discriminator, not a generator; {REMEDY}")
-        keys = printable(", ".join(map(str, list(content)[:6])))[:200] or "none"
-        raise UserError(f"{path} does not hold a DCGAN generator (its keys: {keys}); {REMEDY}")
-    [state] = generators.values()
-    channels = kernels_of(state)[-1].shape[1]
-    if channels != 3:
-        raise UserError(f"{path} holds a generator that draws {channels} channel{'s'[channels == 1:]}, not 3; {REMEDY}")
-    return state
-
-
-def kernels_of(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The 4x4 kernels of a DCGAN's convolutions from first to last. Empty where `state` is no DCGAN."""
-    layers = {name.split(".")[1]: t for name, t in state.items() if re.fullmatch(r"main\.[0-9]{1,3}\.weight", name)}
-    kernels = [layers[i] for i in sorted(layers, key=int) if layers[i].ndim == 4]
-    whole = 3 <= len(kernels) <= 10 and all(k.shape[2:] == (4, 4) and k.numel() for k in kernels)
-    return kernels if whole else []
-
-
-def is_discriminator(kernels: list[torch.Tensor]) -> bool:
-    """Whether each kernel (out,in,4,4) takes the channels that the one before gives, and the last gives one."""
-    return kernels[-1].shape[0] == 1 and all(a.shape[0] == b.shape[1] for a, b in zip(kernels, kernels[1:]))
 
 
 @torch.inference_mode()
@@ -125,20 +95,21 @@ def sample(netG: Generator, seeds: Sequence[int], batch_size: int = 128) -> Iter
         yield draw(netG, latents(seeds[start : start + batch_size], netG.nz))
 
 
-def save_faces(batches: Iterable[torch.Tensor], seeds: Sequence[int], outdir: Path) -> None:
-    """One PNG a seed. One thread a core encodes, and this thread alone writes: writers would wait for the folder."""
-    remaining = iter(seeds)
-    bar = tqdm(total=len(seeds), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
+def generate(netG: Generator, seeds: Sequence[int]) -> list[Image.Image]:
+    """The faces of `seeds` as PIL images."""
+    return [to_pil(face) for faces in sample(netG, seeds) for face in faces]
+
+
+def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
+    """One PNG a face. One thread a core encodes, and this thread alone writes: writers would wait for the folder."""
+    remaining = iter(paths)
+    bar = tqdm(total=len(paths), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
     with ThreadPoolExecutor(count_cores()) as pool, bar:
         for images in batches:  # encoding does not overlap with drawing, which uses all cores of a CPU
-            for png, seed in zip(pool.map(encode_png, images), remaining):
-                with atomic_write(face_path(outdir, seed)) as file:
+            for png, path in zip(pool.map(encode_png, images), remaining):
+                with atomic_write(path) as file:
                     file.write(png)
             bar.update(len(images))
-
-
-def face_path(outdir: Path, seed: int) -> Path:
-    return outdir / f"{seed:08d}.png"
 
 
 def path_next_to(outdir: Path, ending: str) -> Path:
@@ -147,20 +118,6 @@ def path_next_to(outdir: Path, ending: str) -> Path:
     if not named.name:
         raise UserError(f"there is no place next to --outdir {outdir} for a picture of all faces; choose another")
     return named.with_name(named.name + ending)
-
-
-def interpolate(z: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
-    """Latents (N*frames,nz,1,1) on a closed path through `z` (N,nz,1,1), along great circles.
-
-    The latents of a normal distribution in many dimensions have nearly equal lengths. Great circles keep this length,
-    while straight lines would pass nearer to the origin (White, "Sampling Generative Networks", 2016).
-    """
-    path = []
-    for a, b in zip(z, z.roll(-1, 0)):
-        angle = torch.acos((torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())).clamp(-0.9999, 0.9999))
-        for t in torch.arange(frames) / frames:
-            path.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle))
-    return torch.stack(path)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -175,33 +132,43 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
+def parse_terms(text: str) -> list[tuple[int, list[int]]]:
+    """An argparse type: `1,2,3 - 4,5,6 + 7` as [(1, [1, 2, 3]), (-1, [4, 5, 6]), (1, [7])]."""
+    signs_and_groups = re.split(r"\s([+-])\s", f" + {text}")[1:]
+    try:
+        groups = [parse_seeds(group) for group in signs_and_groups[1::2]]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{error}; a sum is "1,2,3 - 4,5,6 + 7,8,9", with spaces') from None
+    return [(1 if sign == "+" else -1, group) for sign, group in zip(signs_and_groups[::2], groups)]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--params", type=Path, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
-    add = parser.add_argument_group("pictures").add_argument
+    group = parser.add_argument_group("what to draw (one of these)").add_mutually_exclusive_group()
+    add = group.add_argument
     add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
-    add("--outdir", type=Path, default=Path("faces"), help="folder for the pictures")
+    add("--latents", type=Path, nargs="+", metavar="FILE", help="faces of latents that --project found")
+    add("--arithmetic", type=parse_terms, metavar="SUM", help="sum of mean faces of seeds: <outdir>_arithmetic.png")
+    add("--project", type=Path, nargs="+", metavar="PHOTO", help="find the faces that come nearest to photos")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--mask", type=Path, help="for --project: fill the part of each photo where this image is white")
     add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
-    add("--interpolate", action="store_true", help="also draw a morph of 8 seeds, <outdir>_interpolation.gif")
+    add("--interpolate", action="store_true", help="also draw a morph of 8 faces, <outdir>_interpolation.gif")
+    add("--outdir", type=Path, help="folder for the pictures (default: faces; projections for --project)")
     add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
     add("--batch-size", type=int_at_least(1), default=128, help="faces to draw at a time")
-    return parser.parse_args(argv)
-
-
-def check_targets(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """The paths of the grid and of the interpolation, each None where its flag is missing.
-
-    Raises UserError when a picture, or a face, would be overwritten without --overwrite.
-    """
-    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
-    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
-    pictures = [*(face_path(args.outdir, seed) for seed in args.seeds), *filter(None, (grid, animation))]
-    refuse_existing(pictures, args.overwrite, "--outdir")
-    return grid, animation
+    args = parser.parse_args(argv)
+    if args.mask and not args.project:
+        parser.error("--mask goes with --project")
+    if (args.grid or args.interpolate) and (args.project or args.arithmetic):
+        parser.error("--grid and --interpolate go with --seeds or --latents")
+    args.outdir = args.outdir or Path("projections" if args.project else "faces")
+    return args
 
 
 def make_outdir(outdir: Path) -> None:
@@ -211,38 +178,93 @@ def make_outdir(outdir: Path) -> None:
         raise UserError(f"cannot make --outdir {outdir} ({error.strerror}); choose another") from None
 
 
-def write_pictures(args: argparse.Namespace, netG: Generator, grid: Path | None, animation: Path | None) -> None:
-    """Everything that the flags ask for. The processes of torchrun share the faces, and the first writes the rest."""
-    seeds = distributed.my_share(args.seeds)
-    batches = sample(netG, seeds, args.batch_size)
+def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
+    """The faces of --seeds or --latents, --grid and --interpolate. The processes of torchrun share the faces."""
+    named = read_latents(args.latents) if args.latents else {}
+    z = torch.stack(list(named.values())) if named else None
+    if named and z.shape[1] != netG.nz:
+        raise UserError(f"--latents have a length of {z.shape[1]}, but {args.params} takes {netG.nz}; give others")
+    paths = [args.outdir / f"{name}.png" for name in named or (f"{seed:08d}" for seed in args.seeds)]
+    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
+    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
+    refuse_existing([*paths, *filter(None, (grid, animation))], args.overwrite, "--outdir")
+    make_outdir(args.outdir)
+    distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
+    if named:
+        batches = map(partial(draw, netG), distributed.my_share(z).split(args.batch_size))
+    else:
+        batches = sample(netG, distributed.my_share(args.seeds), args.batch_size)
     if grid:
         batches = list(batches)
         shares = distributed.gather(batches)
         if distributed.is_first_rank():
             faces = torch.cat([batch for share in shares for batch in share])
             save_image(image_grid(faces, max(8, round(len(faces) ** 0.5))), grid)
-    save_faces(batches, seeds, args.outdir)
+    save_faces(batches, distributed.my_share(paths))
     if animation and distributed.is_first_rank():
-        path = interpolate(latents(args.seeds[:8], netG.nz))
-        frames = [image_grid(face[None]) for z in path.split(args.batch_size) for face in draw(netG, z)]
+        path = interpolate(z[:8] if named else latents(args.seeds[:8], netG.nz))
+        frames = [image_grid(face[None]) for part in path.split(args.batch_size) for face in draw(netG, part)]
         save_animation(frames, animation)
+    pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
+    size = f"{netG.image_size}x{netG.image_size}"
+    return f"{len(paths)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}"
+
+
+def draw_arithmetic(args: argparse.Namespace, netG: Generator) -> str:
+    """A row for each group: its faces and their mean face. On the right, the sum in the middle of eight neighbours."""
+    path = path_next_to(args.outdir, "_arithmetic.png")
+    refuse_existing([path], args.overwrite, "--outdir")
+    groups = [(sign, latents(seeds, netG.nz)) for sign, seeds in args.arithmetic]
+    z = arithmetic(groups)
+    if not z.isfinite().all():
+        raise UserError("the groups of --arithmetic cancel each other; give others")
+    columns, rows = max(len(group) for _, group in groups), []
+    for _, group in groups:
+        faces = draw(netG, torch.cat([group, mean_latent(group)]))
+        white = torch.full_like(faces[:1], 255).expand(columns - len(group), -1, -1, -1)
+        rows += [faces[:-1], white, faces[-1:]]
+    around = neighbours(z)
+    nine = draw(netG, torch.cat([around[:4], z, around[4:]]))
+    save_image(side_by_side(image_grid(torch.cat(rows), columns + 1), image_grid(nine, 3)), path)
+    return f"sum of {len(groups)} groups of faces in {path}"
+
+
+def project_photos(args: argparse.Namespace, netG: Generator) -> str:
+    """Writes <name>.latents and <name>_projected.png (photo, face, difference); --mask adds <name>_completed.png."""
+    endings = (".latents", "_projected.png", *["_completed.png"] * bool(args.mask))
+    targets = [[args.outdir / f"{path.stem}{ending}" for ending in endings] for path in args.project]
+    if len({target[0] for target in targets}) < len(targets):
+        raise UserError("--project: two photos have the same name without its ending; rename one")
+    refuse_existing([path for paths in targets for path in paths], args.overwrite, "--outdir")
+    photos = [read_photo(path, netG.image_size, args.mask) for path in args.project]
+    make_outdir(args.outdir)
+    lines = []
+    with tqdm(total=len(photos) * ITERATIONS, desc="project", disable=None) as bar:
+        for path, (photo, hole), (latents_path, projected, *completed) in zip(args.project, photos, targets):
+            z = project(netG, to_float(photo), ~hole, bar.update)
+            face = draw(netG, z)[0]
+            difference = (photo.int() - face.int()).abs().to(torch.uint8)
+            save_tensors({"latents": z}, latents_path)
+            save_image(image_grid(torch.stack([photo, face, difference])), projected)
+            if completed:
+                save_image(to_pil(complete(photo, face, hole)), completed[0])
+            files = ", ".join(map(str, (latents_path, projected, *completed)))
+            lines.append(f"{path}: {files}, PSNR {psnr(photo[:, ~hole], face[:, ~hole]):.1f} dB")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with distributed.joined_ranks(args.device) as device:
-        grid, animation = check_targets(args)
         args.params = args.params or default_params()
         netG = load_generator(args.params, device, args.precision)
-        make_outdir(args.outdir)
-        distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
-        write_pictures(args, netG, grid, animation)
-        distributed.wait_for_ranks()
-        if not distributed.is_first_rank():
-            return
-    size = f"{netG.image_size}x{netG.image_size}"
-    pictures = (f", {what} in {path}" for what, path in (("grid", grid), ("interpolation", animation)) if path)
-    print(f"{len(args.seeds)} faces of {size} from {args.params} in {args.outdir}{''.join(pictures)}")
+        if not (args.arithmetic or args.project):
+            message = draw_faces(args, netG)
+            distributed.wait_for_ranks()
+        elif distributed.is_first_rank():
+            message = (draw_arithmetic if args.arithmetic else project_photos)(args, netG)
+        if distributed.is_first_rank():
+            print(message)
 
 
 if __name__ == "__main__":

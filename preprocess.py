@@ -37,7 +37,7 @@ from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
 from support.folders import CROP_NOTE, SPLITS
 from support.images import PNG_OPTIONS
-from support.photos import OwnPicture, open_photo, to_rgb, upright
+from support.photos import OwnPicture, crop_square, open_photo
 from support.sources import Photo, list_photos, open_zip, skipped_lines
 from support.splits import assign_splits
 from support.workers import map_in_processes
@@ -109,14 +109,6 @@ def refuse_other_crop(args: argparse.Namespace, size: int, has_crops: bool) -> N
     if not has_crops:
         with atomic_write(note) as file:
             file.write(now.encode())
-
-
-def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """The centred square of the upright photo, RGB, `side` source pixels wide."""
-    image = upright(image)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return to_rgb(image if box == (0, 0, *image.size) else image.crop(box))  # a copy of 50 MP takes 200 MB
 
 
 def read_square(args: argparse.Namespace, photo: Photo) -> tuple[Image.Image | None, dict[int, str], str]:

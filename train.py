@@ -47,7 +47,8 @@ from support.seeding import latents, step_augmentations, step_latents
 from support.training_log import Throughput, continue_log, log_row, next_commands, read_log, save_summary
 from support.weights import save_tensors
 
-NETWORKS = {64: network, 128: network_128}
+SIZES = (16, 32, 64, 128, 256)
+WIDTHS = {256: 32}  # default --ngf and --ndf, where it is not 64: a step at 256x256 then fits in 16 GB of GPU memory
 LOG_EVERY = 20  # steps; only then does the CPU wait for the GPU
 COUNTERS = ("step", "epoch", "images_seen")  # fields of the log that the progress bar leaves out
 RECIPES = {"report": {}, "best": {"batch_size": 16, "augment": True, "group_norm": True, "ema": 0.9998}}
@@ -75,9 +76,12 @@ class Setup:
 def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     """New networks, EMA weights and optimisers. The same seed gives the same ones."""
     torch.manual_seed(args.seed)
-    nets = NETWORKS[args.image_size]
-    netG = nets.Generator(args.nz, args.ngf).to(device, memory_format=torch.channels_last)
-    netD = nets.Discriminator(args.ndf, group_norm=args.group_norm).to(device, memory_format=torch.channels_last)
+    if args.image_size == 128:  # the report's second network
+        nets = network_128.Generator(args.nz, args.ngf), network_128.Discriminator(args.ndf, args.group_norm)
+    else:
+        size = args.image_size
+        nets = network.Generator(args.nz, args.ngf, size), network.Discriminator(args.ndf, size, args.group_norm)
+    netG, netD = (net.to(device, memory_format=torch.channels_last) for net in nets)
     netG_ema = copy.deepcopy(netG).requires_grad_(False).eval()
     optG, optD = (torch.optim.Adam(net.parameters(), args.lr, (args.beta1, 0.999), fused=True) for net in (netG, netD))
     if args.compile:
@@ -203,14 +207,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demo", action="store_true", help="train on drawn faces for a few minutes, drawing them first if needed")
     add = parser.add_argument_group("data and output").add_argument
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
-    add("--image-size", type=int, choices=NETWORKS, default=64, help="side of the faces in pixels")
+    add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
     add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
     add("--checkpoint-every", type=int_at_least(0), default=0, help="steps between checkpoints; 0: one an epoch")
     add = parser.add_argument_group("model").add_argument
     add("--nz", type=int_at_least(1), default=100, help="length of a latent")
-    add("--ngf", type=int_at_least(1), default=64, help="channels of G before its last layer")
-    add("--ndf", type=int_at_least(1), default=64, help="channels of D after its first layer")
+    add("--ngf", type=int_at_least(1), help="channels of G before its last layer (default: 64; 32 at 256x256)")
+    add("--ndf", type=int_at_least(1), help="channels of D after its first layer (default: 64; 32 at 256x256)")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="use GroupNorm in D, not BatchNorm")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int_at_least(1), default=5, help="number of epochs in total")
@@ -233,6 +237,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPES[chosen.recipe] | (DEMO if chosen.demo else {}))
     args = parser.parse_args(argv)  # flags on the command line override the recipe
     args.outdir = args.outdir or Path("runs") / str(args.image_size)
+    args.ngf, args.ndf = (width or WIDTHS.get(args.image_size, 64) for width in (args.ngf, args.ndf))
     return args
 
 

@@ -48,6 +48,14 @@ def image_grid(images: "Tensor", columns: int = 8) -> Image.Image:
     return grid
 
 
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Both pictures in one, on white."""
+    picture = Image.new("RGB", (left.width + 8 * GAP + right.width, max(left.height, right.height)), "white")
+    picture.paste(left)
+    picture.paste(right, (left.width + 8 * GAP, 0))
+    return picture
+
+
 def save_image(image: Image.Image, path: Path, **options) -> None:
     """Write `image` to `path`, a .png or .gif, whole or not at all. Raises UserError."""
     with atomic_write(path) as file:

@@ -5,6 +5,7 @@
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,45 @@ def find_networks(content: dict, first: str) -> dict[str, dict[str, torch.Tensor
         }
         for prefix in sorted(prefixes)
     }
+
+
+def find_generator(content: dict, path: str | Path, remedy: str) -> dict[str, torch.Tensor]:
+    """The state dict of the one generator in `content`, or of the EMA generator of a checkpoint of train.py.
+
+    Raises UserError, which names `path` and ends in `remedy`, when there is none or several.
+    """
+    networks = find_networks(content, "main.0.weight")
+    networks = {name: state for name, state in networks.items() if kernels_of(state)}
+    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
+    if generators.keys() == {"netG", "average"}:
+        print(f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params", file=sys.stderr)
+        return generators["average"]
+    if len(generators) > 1:
+        names = printable(", ".join(name or "one without a prefix" for name in generators))
+        raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone, and pass that")
+    if not generators:
+        if networks:
+            raise UserError(f"{path} holds a discriminator, not a generator; {remedy}")
+        keys = printable(", ".join(map(str, list(content)[:6])))[:200] or "none"
+        raise UserError(f"{path} does not hold a DCGAN generator (its keys: {keys}); {remedy}")
+    [state] = generators.values()
+    channels = kernels_of(state)[-1].shape[1]
+    if channels != 3:
+        raise UserError(f"{path} holds a generator that draws {channels} channel{'s'[channels == 1:]}, not 3; {remedy}")
+    return state
+
+
+def kernels_of(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The 4x4 kernels of a DCGAN's convolutions from first to last. Empty where `state` is no DCGAN."""
+    layers = {name.split(".")[1]: t for name, t in state.items() if re.fullmatch(r"main\.[0-9]{1,3}\.weight", name)}
+    kernels = [layers[i] for i in sorted(layers, key=int) if layers[i].ndim == 4]
+    whole = 3 <= len(kernels) <= 10 and all(k.shape[2:] == (4, 4) and k.numel() for k in kernels)
+    return kernels if whole else []
+
+
+def is_discriminator(kernels: list[torch.Tensor]) -> bool:
+    """Whether each kernel (out,in,4,4) takes the channels that the one before gives, and the last gives one."""
+    return kernels[-1].shape[0] == 1 and all(a.shape[0] == b.shape[1] for a, b in zip(kernels, kernels[1:]))
 
 
 def add_counters(state: dict, expected: dict) -> dict:

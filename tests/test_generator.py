@@ -74,14 +74,6 @@ def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path):
         assert abs(written.astype(int) - face).max() <= 1, seed
 
 
-def test_interpolation_passes_through_its_seeds_and_keeps_the_norm():
-    z = latents(range(3))
-    path = generator.interpolate(z, frames=10)
-    assert path.shape == (30, 100, 1, 1)
-    assert torch.allclose(path[::10], z, atol=1e-5)
-    assert path.flatten(1).norm(dim=1).min() > 0.9 * z.flatten(1).norm(dim=1).min()
-
-
 def test_weights_of_the_pytorch_tutorial(tmp_path):
     """DataParallel saves netG_epoch_N.pth with these keys."""
     netG = network_128.Generator(10, 4)

@@ -9,6 +9,8 @@ import torch
 from helpers import PROGRAMS, ROOT, SMALL, assert_equal, load, log_rows, run_python, run_training, small_args
 from PIL import Image
 
+import generator
+import preprocess
 import train
 from support.files import UserError
 from support.training_log import FIELDS, Throughput, log_row, save_summary
@@ -21,6 +23,18 @@ def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
     explicit = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert explicit.batch_size == 64 and explicit.augment and explicit.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
+
+
+@pytest.mark.parametrize("size, width", [(16, 64), (32, 64), (256, 32)])
+def test_a_step_at_other_sizes(tmp_path, size, width):
+    """Also with the flags of `best`. generator.py reads the size off the weights."""
+    args = train.parse_args(["--image-size", str(size)])
+    assert (args.ngf, args.ndf) == (width, width)
+    preprocess.main(["--demo", "9", "--dataroot", str(tmp_path), "--sizes", str(size), "--workers", "0"])
+    flags = ["--image-size", size, "--epochs", 1, "--augment", "--group-norm"]
+    run_training(tmp_path, tmp_path / "run", *flags)
+    netG = generator.load_generator(tmp_path / "run" / "generator.params")
+    assert netG.image_size == size and next(generator.sample(netG, [1])).shape == (1, 3, size, size)
 
 
 def test_outputs(trained):
