@@ -245,7 +245,8 @@ def open_dataset(args: argparse.Namespace) -> DataGenerater:
     """The training images. With --demo, one process on each machine draws them if they are missing."""
     root = args.dataroot / str(args.image_size) / "train"
     if args.demo and not root.is_dir() and distributed.is_first_on_machine():
-        preprocess.main(["--demo", "2000", "--dataroot", str(args.dataroot), "--sizes", str(args.image_size)])
+        flags = ["--dataroot", str(args.dataroot), "--sizes", str(args.image_size), "--allow-upscale"]
+        preprocess.main(["--demo", "2000", *flags])
     distributed.wait_for_ranks()
     dataset = DataGenerater(root, args.image_size)
     if len(dataset) < args.batch_size:

@@ -30,7 +30,8 @@ def test_a_step_at_other_sizes(tmp_path, size, width):
     """Also with the flags of `best`. generator.py reads the size off the weights."""
     args = train.parse_args(["--image-size", str(size)])
     assert (args.ngf, args.ndf) == (width, width)
-    preprocess.main(["--demo", "9", "--dataroot", str(tmp_path), "--sizes", str(size), "--workers", "0"])
+    flags = ["--dataroot", str(tmp_path), "--sizes", str(size), "--workers", "0", "--allow-upscale"]
+    preprocess.main(["--demo", "9", *flags])
     flags = ["--image-size", size, "--epochs", 1, "--augment", "--group-norm"]
     run_training(tmp_path, tmp_path / "run", *flags)
     netG = generator.load_generator(tmp_path / "run" / "generator.params")
