@@ -156,7 +156,7 @@ def test_evaluate_refuses_bad_input_as_a_script(run_script, refused):
 
 def test_damaged_input_of_all_scripts(tmp_path):
     """The short form of tests/fuzz_scripts.py."""
-    counts, outcomes = Counter(), fuzz(60, seed=1, folder=tmp_path / "fuzz")
+    counts, outcomes = Counter(), fuzz(60, seed=4, folder=tmp_path / "fuzz")
     for (run, _), number in outcomes.items():
         counts[run] += number
     assert counts.total() == 60 and counts.keys() == {run.__name__ for run in RUNS}
