@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from support.colour import compare_colour
 from support.files import atomic_write
 from support.images import image_grid, save_image
 from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
@@ -34,6 +35,8 @@ def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
     if "features" in real and "features" in fakes[0]:
         result["kid"], result["kid_std"] = kernel_distance(fakes[0]["features"], real["features"])
         result["precision"], result["recall"] = precision_and_recall(fakes[0]["features"], real["features"])
+    if "colour" in real and "colour" in fakes[0]:
+        result["colour"] = compare_colour(real["colour"], fakes[0]["colour"])
     return result
 
 
@@ -84,6 +87,10 @@ def report(result: dict) -> str:
     if "kid" in result:
         lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
         lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
+    if "colour" in result:
+        ratios = {name: values["ratio"] for name, values in result["colour"].items()}
+        shown = (f"{name} {'unknown' if ratio is None else format(ratio, '.2f')}" for name, ratio in ratios.items())
+        lines.append(f"colour relative to the real images: {', '.join(shown)} (share of pixels)")
     return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
 
 

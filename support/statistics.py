@@ -1,6 +1,6 @@
 """Statistics of Inception features: measure them, keep them in .npz files, and tell whether two are comparable.
 
-    stats = measure(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D)
+    stats = measure(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D), colour
     save_statistics(stats, Path("real.npz"))                     # mu and sigma, as pytorch-fid reads them
 """
 
@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from support.colour import NAMES, measure_colour
 from support.devices import explain_out_of_memory
 from support.distributed import gather, is_first_rank, my_share
 from support.files import UserError, atomic_write
 from support.metrics import Moments
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
-READING = 2  # of image files: raised when a file would give other pixels, so that the cache is measured again
+READING = 3  # of images: raised when a file would give other pixels or statistics, so that the cache is measured again
 # Two sets of statistics are comparable only if these are equal.
 IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
 TEXTS, NUMBERS = ("network", "resize", "dtype", "weights_sha256", "split"), ("dims", "version", "resolution", "n")
-FIELDS = (*TEXTS, *NUMBERS, "mu", "sigma", "features")
+FIELDS = (*TEXTS, *NUMBERS, "mu", "sigma", "features", "colour")
 
 
 def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
@@ -33,24 +34,27 @@ def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, l
 
     Raises UserError for fewer than 2 images and for features that are NaN or infinite.
     """
-    moments, features, device = Moments(), [], next(net.parameters()).device
+    moments, features, colours, device = Moments(), [], [], next(net.parameters()).device
     bar = tqdm(total=len(my_share(range(total))), desc=label, unit="img", disable=None if is_first_rank() else True)
     with bar, explain_out_of_memory("lower --batch-size"):
         for batch in batches:
-            features.append(net(batch.to(device)).cpu())
+            images = batch.to(device)
+            colours.append(measure_colour(images))
+            features.append(net(images).cpu())
             moments.add(features[-1])
             bar.update(len(batch))
-    shares = gather((moments, features))
-    moments, features = Moments(), []
-    for other_moments, other_features in shares:
-        moments, features = moments.merge(other_moments), features + other_features
+    shares = gather((moments, features, colours))
+    moments, features, colours = Moments(), [], []
+    for other_moments, other_features, other_colours in shares:
+        moments, features, colours = moments.merge(other_moments), features + other_features, colours + other_colours
     features = torch.cat(features)
     if len(features) < 2:
         raise UserError(f"{label}: {len(features)} images have no covariance; give 2 or more, 2,048 to quote FID")
     if not features.isfinite().all():
         raise UserError(f"{label}: the features hold NaN or infinite values; check the images and --weights")
     mu, sigma = moments.mean_and_covariance()
-    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": features}
+    colour = torch.cat(colours).mean(0).numpy()
+    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": features, "colour": colour}
 
 
 def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
@@ -109,6 +113,8 @@ def check_statistics(stats: dict) -> None:
                 raise ValueError(f"{name} is of another type")
     if stats.get("dims", len(mu)) != len(mu) or n < 2:
         raise ValueError("dims or n does not fit mu and sigma")
+    if "colour" in stats and (stats["colour"].shape != (len(NAMES),) or not np.isfinite(stats["colour"]).all()):
+        raise ValueError("the colour is not four finite numbers")
     if "features" in stats and (stats["features"].dtype != np.float32 or stats["features"].shape != (n, len(mu))):
         raise ValueError("n, mu and the features do not fit each other")
 
