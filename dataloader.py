@@ -23,27 +23,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support.cli import count_cores
+from support.cores import count_cores
+from support.file_kinds import holds_statistics
 from support.files import UserError, printable
-from support.folders import is_crop_folder, walk_files
-from support.photos import RARE_SUFFIXES, SUFFIXES, read_rgb
+from support.folders import find_images, is_crop_folder
+from support.npz_images import NpzImages, read_npz_images
+from support.photos import read_rgb
 from support.workers import iterate_in_processes
 
 CHUNK = 128  # images that a decoding process hands over at a time
 SHOWN = 3  # files that a message names
 SEARCH = threading.Lock()  # threads that meet several unreadable files search for all of them once
-
-
-def find_images(root: str | Path) -> list[Path]:
-    """Every image file below `root`, sorted, hidden folders excepted. Raises UserError when there is none."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"there is no folder {printable(root)}; make the crops with `python preprocess.py PHOTOS`")
-    suffixes = {*SUFFIXES, *RARE_SUFFIXES}
-    paths = sorted(path for path in walk_files(root) if path.suffix.lower() in suffixes and path.is_file())
-    if not paths:
-        raise UserError(f"{printable(root)} holds no images; make the crops with `python preprocess.py PHOTOS`")
-    return paths
 
 
 class Unreadable(UserError):
@@ -159,6 +149,13 @@ class DataGenerater(Dataset):
         return hashlib.sha256(os.fsencode("".join(files))).hexdigest()
 
 
+def open_images(path: Path) -> DataGenerater | NpzImages:
+    """The images in a folder or an .npz file. Raises UserError for other files, and for statistics."""
+    if holds_statistics(path):
+        raise UserError(f"{path} holds statistics; give a folder or an .npz of images")
+    return read_npz_images(path, path.stat().st_mtime_ns) if path.is_file() else DataGenerater(path, image_size=None)
+
+
 def read_pixels(dataset: DataGenerater, indices: Sequence[int]) -> np.ndarray:
     """The images uint8 (N,3,S,S) of `indices`. It computes in NumPy, since torch's threads do not survive a fork."""
     pixels = np.empty((len(indices), 3, dataset.image_size, dataset.image_size), np.uint8)
@@ -208,7 +205,7 @@ def make_loader(
 
 def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
     """Images uint8 (N,3,S,S). Threads decode the next batch while the caller measures one."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(32, count_cores() + 4)) as pool:
         ready = None
         for start in range(0, len(indices), batch_size):
             coming = pool.map(dataset.__getitem__, indices[start : start + batch_size])

@@ -12,30 +12,85 @@ on the number of images, the network and the resize, so quote them with it. The 
 recall, and the FID of real training images, which a perfect generator would reach.
 """
 
-if __name__ == "__main__":  # before the imports below, which take seconds and need packages
-    from support.startup import prepare
-    prepare()
-
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.cli import HelpFormatter, int_at_least, npz_path, run
+from support.file_kinds import holds_statistics, require_images_or_statistics, require_pytorch_file
+from support.files import OVERWRITE_HELP, UserError, check_outputs
+from support.folders import find_images, require_images
+from support.inception_choices import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, check_weights
+from support.outdir import PARAMS_REMEDY, TRAINED, default_params
+from support.startup import prepare
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
+    group = parser.add_argument_group("images")
+    fake, add = group.add_mutually_exclusive_group(), group.add_argument
+    fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
+    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or an .npz of images or statistics")
+    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/test)")
+    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
+    add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
+    add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--inception", choices=URLS, default="torchvision", help="network: the report's, or that of most papers")
+    add("--weights", type=Path, help="state dict of the network (default: torch's hub cache, or a download)")
+    add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; papers quote 2048")
+    add("--resize", choices=RESIZES, help=f"as pytorch-fid, TensorFlow 1 or clean-fid do (default: {defaults})")
+    add("--repeats", type=int_at_least(1), default=1, help="draws of --num faces, for a 95 %% interval of FID")
+    add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also measure real training images")
+    add("--infinity", action="store_true", help="also extrapolate FID to infinitely many faces")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="write the result with everything that it depends on")
+    add("--save-stats", type=npz_path, metavar="NPZ", help="write the statistics of the real images")
+    add("--neighbours", type=Path, metavar="PNG", help="draw faces next to the most similar training images")
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster on hardware with bf16 support")
+    add("--batch-size", type=int_at_least(1), default=16, help="images to measure at a time; 64 and more suit a GPU")
+    args = parser.parse_args(argv)
+    if args.neighbours and args.neighbours.suffix.lower() != ".png":
+        parser.error("--neighbours draws a .png")
+    if args.images and args.repeats > 1:
+        parser.error("--repeats draws faces: it goes with --params, not with --images")
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UserError for what main() would refuse, as far as that takes no torch."""
+    outputs = {"--save-stats": args.save_stats, "--json": args.json, "--neighbours": args.neighbours}
+    check_outputs(outputs, args.overwrite, inputs=(args.params, args.images, args.real, args.weights))
+    if not args.images:
+        require_pytorch_file(args.params or default_params(), PARAMS_REMEDY)
+    elif holds_statistics(args.images) and (args.infinity or args.neighbours or args.num):
+        raise UserError(f"{args.images} holds statistics, but --infinity, --neighbours and --num need images")
+    for path in filter(None, (args.images, args.real)):
+        require_images_or_statistics(path)
+    if not args.real and not args.dataroot.is_dir():
+        require_images(args.dataroot)
+    if args.weights:
+        check_weights(args.weights)
+
+
+if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
+    prepare(parse_args, check_args)
+
 import torch
 
-from dataloader import DataGenerater, find_images, read_batches
-from generator import TRAINED, default_params, load_generator, sample
+from dataloader import open_images, read_batches
+from generator import choose_params, load_generator, sample
 from network import Generator
 from support import statistics
-from support.cli import HelpFormatter, int_at_least, run
 from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
-from support.devices import DTYPES
 from support.distributed import is_first_rank, joined_ranks, my_share, once_per_machine
-from support.files import OVERWRITE_HELP, UserError, check_outputs
-from support.inception import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, find_weights, load_inception
+from support.inception import find_weights, load_inception
 from support.metrics import frechet_distance
-from support.npz_images import NpzImages, holds_statistics, read_npz_images
 
 
 @dataclass
@@ -73,21 +128,9 @@ class Extractor:
 
     def of_path(self, path: Path, num: int | None = None) -> dict:
         """Statistics of a folder or an .npz file."""
-        if not holds_statistics(path):
-            return self.of_images(path, num)
-        stats = statistics.load_statistics(path)
-        statistics.refuse_mismatch(stats, self.metadata, path)
-        if "network" not in stats and is_first_rank():
-            message = f"{path} does not say how it was measured: make sure that both sides were measured alike"
-            print(f"note: {message}", file=sys.stderr)
-        return stats
-
-
-def open_images(path: Path) -> DataGenerater | NpzImages:
-    """The images in a folder or an .npz file. Raises UserError for other files, and for statistics."""
-    if holds_statistics(path):
-        raise UserError(f"{path} holds statistics; give a folder or an .npz of images")
-    return read_npz_images(path, path.stat().st_mtime_ns) if path.is_file() else DataGenerater(path, image_size=None)
+        if holds_statistics(path):
+            return statistics.load_comparable(path, self.metadata)
+        return self.of_images(path, num)
 
 
 def load_extractor(args: argparse.Namespace, device: torch.device, image_size: int | None) -> Extractor:
@@ -117,42 +160,6 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
     return score
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
-    group = parser.add_argument_group("images")
-    fake, add = group.add_mutually_exclusive_group(), group.add_argument
-    fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
-    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or an .npz of images or statistics")
-    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/test)")
-    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
-    add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
-    add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
-    add = parser.add_argument_group("measurement").add_argument
-    add("--inception", choices=URLS, default="torchvision", help="network: the report's, or that of most papers")
-    add("--weights", type=Path, help="state dict of the network (default: torch's hub cache, or a download)")
-    add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; papers quote 2048")
-    add("--resize", choices=RESIZES, help=f"as pytorch-fid, TensorFlow 1 or clean-fid do (default: {defaults})")
-    add("--repeats", type=int_at_least(1), default=1, help="draws of --num faces, for a 95 %% interval of FID")
-    add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also measure real training images")
-    add("--infinity", action="store_true", help="also extrapolate FID to infinitely many faces")
-    add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, metavar="FILE", help="write the result with everything that it depends on")
-    add("--save-stats", type=statistics.npz_path, metavar="NPZ", help="write the statistics of the real images")
-    add("--neighbours", type=Path, metavar="PNG", help="draw faces next to the most similar training images")
-    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
-    add("--batch-size", type=int_at_least(1), default=16, help="images to measure at a time; 64 and more suit a GPU")
-    args = parser.parse_args(argv)
-    if args.neighbours and args.neighbours.suffix.lower() != ".png":
-        parser.error("--neighbours draws a .png")
-    if args.images and args.repeats > 1:
-        parser.error("--repeats draws faces: it goes with --params, not with --images")
-    return args
-
-
 @dataclass
 class Inputs:
     """What is compared: a generator or a path against real images, with the training images next to them, if any."""
@@ -166,15 +173,12 @@ class Inputs:
 
 def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     """Load the generator and find the images. Raises UserError for anything that would fail after the measurement."""
-    outputs = {"--save-stats": args.save_stats, "--json": args.json, "--neighbours": args.neighbours}
-    check_outputs(outputs, args.overwrite, inputs=(args.params, args.images, args.real, args.weights))
-    args.params = args.params if args.images else args.params or default_params()
+    check_args(args)
+    args.params = None if args.images else choose_params(args.params)
     netG = None if args.images else load_generator(args.params, device)
     if netG:
         resolution = netG.image_size
     elif holds_statistics(args.images):
-        if args.infinity or args.neighbours or args.num:
-            raise UserError(f"{args.images} holds statistics, but --infinity, --neighbours and --num need images")
         resolution = statistics.load_statistics(args.images).get("resolution")
     else:
         resolution = open_images(args.images).image_size

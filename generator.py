@@ -12,17 +12,68 @@ Image size and widths follow from the weights. Weights of the PyTorch DCGAN tuto
 and so does any checkpoint that holds one generator. In Python: generate(load_generator("generator.params"), [7]).
 """
 
-if __name__ == "__main__":  # before the imports below, which take seconds and need packages
-    from support.startup import prepare
-    prepare()
-
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+from support.cli import HelpFormatter, int_at_least, parse_seeds, parse_terms, run
+from support.cores import count_cores
+from support.file_kinds import require_pytorch_file
+from support.files import OVERWRITE_HELP, UserError, atomic_write, printable
+from support.outdir import PARAMS_REMEDY, PRETRAINED, TRAINED, default_params
+from support.startup import prepare
+from support.targets import LATENTS_REMEDY, arithmetic_target, face_targets, projection_targets
+
+REMEDY = "pass the generator.params of a training to --params"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--params", type=Path, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
+    group = parser.add_argument_group("what to draw (one of these)").add_mutually_exclusive_group()
+    add = group.add_argument
+    add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
+    add("--latents", type=Path, nargs="+", metavar="FILE", help="faces of latents that --project found")
+    add("--arithmetic", type=parse_terms, metavar="SUM", help="sum of mean faces of seeds: <outdir>_arithmetic.png")
+    add("--project", type=Path, nargs="+", metavar="PHOTO", help="find the faces that come nearest to photos")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--mask", type=Path, help="for --project: fill the part of each photo where this image is white")
+    add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
+    add("--interpolate", action="store_true", help="also draw a morph of 8 faces, <outdir>_interpolation.gif")
+    add("--outdir", type=Path, help="folder for the pictures (default: faces; projections for --project)")
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster on hardware with bf16 support")
+    add("--batch-size", type=int_at_least(1), default=128, help="faces to draw at a time")
+    args = parser.parse_args(argv)
+    if args.mask and not args.project:
+        parser.error("--mask goes with --project")
+    if (args.grid or args.interpolate) and (args.project or args.arithmetic):
+        parser.error("--grid and --interpolate go with --seeds or --latents")
+    args.outdir = args.outdir or Path("projections" if args.project else "faces")
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UserError for what main() would refuse, as far as that takes no torch."""
+    require_pytorch_file(args.params or default_params(), PARAMS_REMEDY)
+    for path in args.latents or ():
+        require_pytorch_file(path, LATENTS_REMEDY)
+    if args.project:
+        projection_targets(args)
+    elif args.arithmetic:
+        arithmetic_target(args)
+    else:
+        face_targets(args, [] if args.latents else args.seeds)
+
+
+if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
+    prepare(parse_args, check_args)
 
 import torch
 from PIL import Image
@@ -31,32 +82,25 @@ from tqdm import tqdm
 from dataloader import to_float, to_uint8
 from network import Generator
 from support import distributed
-from support.cli import HelpFormatter, count_cores, int_at_least, run
 from support.devices import DTYPES, explain_out_of_memory
-from support.files import OVERWRITE_HELP, UserError, atomic_write, printable, refuse_existing
 from support.images import encode_png, image_grid, save_animation, save_image, side_by_side, to_pil
 from support.latent_space import arithmetic, interpolate, mean_latent, neighbours, read_latents
 from support.projection import ITERATIONS, complete, project, psnr, read_photo
 from support.seeding import latents
 from support.weights import add_counters, check_tensors, find_generator, kernels_of, load_tensors, save_tensors
 
-TRAINED = Path("runs/64/generator.params")
-PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "generator_64.params"
-REMEDY = "pass the generator.params of a training to --params"
 
-
-def default_params() -> Path:
-    """The generator that train.py made here. If there is none, the pretrained one, with a note on standard error."""
-    if TRAINED.exists() or not PRETRAINED.exists():
-        return TRAINED
-    if distributed.is_first_rank():
+def choose_params(params: Path | None) -> Path:
+    """`params`, else the generator that train.py made here, else the pretrained one, with a note on standard error."""
+    chosen = params or default_params()
+    if not params and chosen == PRETRAINED and distributed.is_first_rank():
         print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
-    return PRETRAINED
+    return chosen
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
     """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises UserError that names the file."""
-    content = load_tensors(path, "make one with `python train.py`, or pass another to --params")
+    content = load_tensors(path, PARAMS_REMEDY)
     return generator_from_state_dict(content, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
 
 
@@ -112,65 +156,6 @@ def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
             bar.update(len(images))
 
 
-def path_next_to(outdir: Path, ending: str) -> Path:
-    """faces_grid.png for faces: pictures of several faces lie next to the folder, which holds nothing but faces."""
-    named = outdir if outdir.name not in ("", "..") else outdir.resolve()
-    if not named.name:
-        raise UserError(f"there is no place next to --outdir {outdir} for a picture of all faces; choose another")
-    return named.with_name(named.name + ending)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """An argparse type: `0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
-    seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < first + 10_000_000:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-63 or 1,5,10-12")
-        seeds += range(first, last + 1)
-    return list(dict.fromkeys(seeds))
-
-
-def parse_terms(text: str) -> list[tuple[int, list[int]]]:
-    """An argparse type: `1,2,3 - 4,5,6 + 7` as [(1, [1, 2, 3]), (-1, [4, 5, 6]), (1, [7])]."""
-    signs_and_groups = re.split(r"\s([+-])\s", f" + {text}")[1:]
-    try:
-        groups = [parse_seeds(group) for group in signs_and_groups[1::2]]
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f'{error}; a sum is "1,2,3 - 4,5,6 + 7,8,9", with spaces') from None
-    return [(1 if sign == "+" else -1, group) for sign, group in zip(signs_and_groups[::2], groups)]
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("model").add_argument
-    add("--params", type=Path, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
-    group = parser.add_argument_group("what to draw (one of these)").add_mutually_exclusive_group()
-    add = group.add_argument
-    add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
-    add("--latents", type=Path, nargs="+", metavar="FILE", help="faces of latents that --project found")
-    add("--arithmetic", type=parse_terms, metavar="SUM", help="sum of mean faces of seeds: <outdir>_arithmetic.png")
-    add("--project", type=Path, nargs="+", metavar="PHOTO", help="find the faces that come nearest to photos")
-    add = parser.add_argument_group("pictures").add_argument
-    add("--mask", type=Path, help="for --project: fill the part of each photo where this image is white")
-    add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
-    add("--interpolate", action="store_true", help="also draw a morph of 8 faces, <outdir>_interpolation.gif")
-    add("--outdir", type=Path, help="folder for the pictures (default: faces; projections for --project)")
-    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--precision", choices=DTYPES, default="fp32", help="bf16 is faster on hardware with bf16 support")
-    add("--batch-size", type=int_at_least(1), default=128, help="faces to draw at a time")
-    args = parser.parse_args(argv)
-    if args.mask and not args.project:
-        parser.error("--mask goes with --project")
-    if (args.grid or args.interpolate) and (args.project or args.arithmetic):
-        parser.error("--grid and --interpolate go with --seeds or --latents")
-    args.outdir = args.outdir or Path("projections" if args.project else "faces")
-    return args
-
-
 def make_outdir(outdir: Path) -> None:
     try:
         outdir.mkdir(parents=True, exist_ok=True)
@@ -184,10 +169,7 @@ def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
     z = torch.stack(list(named.values())) if named else None
     if named and z.shape[1] != netG.nz:
         raise UserError(f"--latents have a length of {z.shape[1]}, but {args.params} takes {netG.nz}; give others")
-    paths = [args.outdir / f"{name}.png" for name in named or (f"{seed:08d}" for seed in args.seeds)]
-    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
-    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
-    refuse_existing([*paths, *filter(None, (grid, animation))], args.overwrite, "--outdir")
+    paths, grid, animation = face_targets(args, named or args.seeds)
     make_outdir(args.outdir)
     distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
     if named:
@@ -212,8 +194,7 @@ def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
 
 def draw_arithmetic(args: argparse.Namespace, netG: Generator) -> str:
     """A row for each group: its faces and their mean face. On the right, the sum in the middle of eight neighbours."""
-    path = path_next_to(args.outdir, "_arithmetic.png")
-    refuse_existing([path], args.overwrite, "--outdir")
+    path = arithmetic_target(args)
     groups = [(sign, latents(seeds, netG.nz)) for sign, seeds in args.arithmetic]
     z = arithmetic(groups)
     if not z.isfinite().all():
@@ -231,11 +212,7 @@ def draw_arithmetic(args: argparse.Namespace, netG: Generator) -> str:
 
 def project_photos(args: argparse.Namespace, netG: Generator) -> str:
     """Writes <name>.latents and <name>_projected.png (photo, face, difference); --mask adds <name>_completed.png."""
-    endings = (".latents", "_projected.png", *["_completed.png"] * bool(args.mask))
-    targets = [[args.outdir / f"{path.stem}{ending}" for ending in endings] for path in args.project]
-    if len({target[0] for target in targets}) < len(targets):
-        raise UserError("--project: two photos have the same name without its ending; rename one")
-    refuse_existing([path for paths in targets for path in paths], args.overwrite, "--outdir")
+    targets = projection_targets(args)
     photos = [read_photo(path, netG.image_size, args.mask) for path in args.project]
     make_outdir(args.outdir)
     lines = []
@@ -256,7 +233,7 @@ def project_photos(args: argparse.Namespace, netG: Generator) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with distributed.joined_ranks(args.device) as device:
-        args.params = args.params or default_params()
+        args.params = choose_params(args.params)
         netG = load_generator(args.params, device, args.precision)
         if not (args.arithmetic or args.project):
             message = draw_faces(args, netG)

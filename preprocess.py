@@ -15,7 +15,7 @@ sorted order gives a.png and the others get a hash in their name. The split is C
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
     from support.startup import prepare
-    prepare("pillow", "numpy", "tqdm")
+    prepare(packages=("pillow", "numpy", "tqdm"))
 
 import argparse
 import errno
@@ -32,7 +32,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.cli import HelpFormatter, int_at_least, run
+from support.cores import count_cores
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
 from support.folders import CROP_NOTE, SPLITS

@@ -12,10 +12,6 @@ checkpoint_previous.pt, log.jsonl, losses.png, args.json, samples/ (a grid each 
 adds generator_best.params (the EMA weights of the lowest FID) and fid.png.
 """
 
-if __name__ == "__main__":  # before the imports below, which take seconds and need packages
-    from support.startup import prepare
-    prepare()
-
 import argparse
 import copy
 import shlex
@@ -25,6 +21,72 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
+
+from support.cli import HelpFormatter, float_below, int_at_least, run
+from support.files import UserError, cannot_write
+from support.folders import require_images
+from support.outdir import check_outdir, open_outdir
+from support.startup import prepare
+
+SIZES = (16, 32, 64, 128, 256)
+WIDTHS = {256: 32}  # default --ngf and --ndf, where it is not 64: a step at 256x256 then fits in 16 GB of GPU memory
+RECIPES = {"report": {}, "best": {"batch_size": 16, "augment": True, "group_norm": True, "ema": 0.9998}}
+# D at half width: the full one soon tells drawn faces from generated ones so well that G learns little in 6 epochs.
+DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
+DEMO |= {"ndf": 32, "batch_size": 16, "epochs": 6, "ema": 0.99}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=RECIPES, default="report", help=f"flag values to start from; best: {RECIPES['best']}")
+    add("--demo", action="store_true", help="train on drawn faces for a few minutes, drawing them first if needed")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
+    add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
+    add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
+    add("--checkpoint-every", type=int_at_least(0), default=0, help="steps between checkpoints; 0: one an epoch")
+    add = parser.add_argument_group("model").add_argument
+    add("--nz", type=int_at_least(1), default=100, help="length of a latent")
+    add("--ngf", type=int_at_least(1), help="channels of G before its last layer (default: 64; 32 at 256x256)")
+    add("--ndf", type=int_at_least(1), help="channels of D after its first layer (default: 64; 32 at 256x256)")
+    add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="use GroupNorm in D, not BatchNorm")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int_at_least(1), default=5, help="number of epochs in total")
+    add("--batch-size", type=int_at_least(2), default=128, help="real images in a step, over all processes")
+    add("--lr", type=float_below(), default=2e-4, help="learning rate of Adam, for G and D")
+    add("--beta1", type=float_below(1), default=0.5, help="beta1 of Adam, for G and D")
+    add("--ema", type=float_below(1), default=0.999, help="decay of G's EMA weights; 0 keeps the raw weights")
+    add("--augment", action=argparse.BooleanOptionalAction, default=False, help="DiffAugment (color, translation)")
+    add("--seed", type=int_at_least(0), default=0, help="random seed of weights, latents and batches")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where supported")
+    add("--compile", action="store_true", help="fuse layers by torch.compile; it starts slowly")
+    add("--deterministic", action="store_true", help="give the same bits for the same seed on a GPU too; slower")
+    add("--workers", type=int_at_least(0), default=2, help="processes that read images which do not fit in memory")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=int_at_least(0), default=0, metavar="N", help="measure FID every N epochs; 0: never")
+    add("--eval-flags", type=shlex.split, metavar="FLAGS", default="", help='of evaluate.py, such as "--num 2000"')
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[chosen.recipe] | (DEMO if chosen.demo else {}))
+    args = parser.parse_args(argv)  # flags on the command line override the recipe
+    args.outdir = args.outdir or Path("runs") / str(args.image_size)
+    args.ngf, args.ndf = (width or WIDTHS.get(args.image_size, 64) for width in (args.ngf, args.ndf))
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UserError for what main() would refuse, as far as that takes no torch."""
+    images = args.dataroot / str(args.image_size) / "train"
+    if images.is_dir() or not args.demo:
+        require_images(images)
+    check_outdir(args.outdir, args.resume)
+
+
+if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
+    prepare(parse_args, check_args)
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
@@ -36,25 +98,17 @@ import preprocess
 from dataloader import DataGenerater, make_loader, to_float, to_uint8
 from support import checkpoint, distributed
 from support.augment import augment
-from support.checkpoint import TrainState, load_checkpoint, open_outdir, save_args, save_checkpoint, save_params
-from support.cli import HelpFormatter, float_below, int_at_least, run
+from support.checkpoint import TrainState, load_checkpoint, save_args, save_checkpoint, save_params
 from support.cuda_graph import as_cuda_graph
 from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_device
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
-from support.files import UserError, cannot_write
 from support.images import image_grid, save_image
 from support.seeding import latents, step_augmentations, step_latents
 from support.training_log import Throughput, continue_log, log_row, next_commands, read_log, save_summary
 from support.weights import save_tensors
 
-SIZES = (16, 32, 64, 128, 256)
-WIDTHS = {256: 32}  # default --ngf and --ndf, where it is not 64: a step at 256x256 then fits in 16 GB of GPU memory
 LOG_EVERY = 20  # steps; only then does the CPU wait for the GPU
 COUNTERS = ("step", "epoch", "images_seen")  # fields of the log that the progress bar leaves out
-RECIPES = {"report": {}, "best": {"batch_size": 16, "augment": True, "group_norm": True, "ema": 0.9998}}
-# D at half width: the full one soon tells drawn faces from generated ones so well that G learns little in 6 epochs.
-DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
-DEMO |= {"ndf": 32, "batch_size": 16, "epochs": 6, "ema": 0.99}
 
 
 @dataclass
@@ -198,47 +252,6 @@ def measure_fid(state: TrainState, setup: Setup) -> float:
     if fid <= best and setup.log:
         save_tensors(state.netG_ema.state_dict(), outdir / "generator_best.params")
     return fid
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=RECIPES, default="report", help=f"flag values to start from; best: {RECIPES['best']}")
-    add("--demo", action="store_true", help="train on drawn faces for a few minutes, drawing them first if needed")
-    add = parser.add_argument_group("data and output").add_argument
-    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
-    add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
-    add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
-    add("--checkpoint-every", type=int_at_least(0), default=0, help="steps between checkpoints; 0: one an epoch")
-    add = parser.add_argument_group("model").add_argument
-    add("--nz", type=int_at_least(1), default=100, help="length of a latent")
-    add("--ngf", type=int_at_least(1), help="channels of G before its last layer (default: 64; 32 at 256x256)")
-    add("--ndf", type=int_at_least(1), help="channels of D after its first layer (default: 64; 32 at 256x256)")
-    add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="use GroupNorm in D, not BatchNorm")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int_at_least(1), default=5, help="number of epochs in total")
-    add("--batch-size", type=int_at_least(2), default=128, help="real images in a step, over all processes")
-    add("--lr", type=float_below(), default=2e-4, help="learning rate of Adam, for G and D")
-    add("--beta1", type=float_below(1), default=0.5, help="beta1 of Adam, for G and D")
-    add("--ema", type=float_below(1), default=0.999, help="decay of G's EMA weights; 0 keeps the raw weights")
-    add("--augment", action=argparse.BooleanOptionalAction, default=False, help="DiffAugment (color, translation)")
-    add("--seed", type=int_at_least(0), default=0, help="random seed of weights, latents and batches")
-    add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where supported")
-    add("--compile", action="store_true", help="fuse layers by torch.compile; it starts slowly")
-    add("--deterministic", action="store_true", help="give the same bits for the same seed on a GPU too; slower")
-    add("--workers", type=int_at_least(0), default=2, help="processes that read images which do not fit in memory")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=int_at_least(0), default=0, metavar="N", help="measure FID every N epochs; 0: never")
-    add("--eval-flags", type=shlex.split, metavar="FLAGS", default="", help='of evaluate.py, such as "--num 2000"')
-    chosen = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[chosen.recipe] | (DEMO if chosen.demo else {}))
-    args = parser.parse_args(argv)  # flags on the command line override the recipe
-    args.outdir = args.outdir or Path("runs") / str(args.image_size)
-    args.ngf, args.ndf = (width or WIDTHS.get(args.image_size, 64) for width in (args.ngf, args.ndf))
-    return args
 
 
 def open_dataset(args: argparse.Namespace) -> DataGenerater:

@@ -30,10 +30,11 @@ from dataloader import DataGenerater, make_loader, to_float
 from generator import load_generator, sample
 from network import Discriminator, Generator
 from support.augment import augment
-from support.checkpoint import CHECKPOINTS
-from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.cli import HelpFormatter, int_at_least, run
+from support.cores import count_cores
 from support.files import UserError, atomic_write
 from support.images import image_grid, save_image
+from support.outdir import CHECKPOINTS
 from support.seeding import step_generator, step_latents
 from support.training_log import read_log
 from support.weights import load_tensors

@@ -33,7 +33,8 @@ from speed_training import TutorialProcess
 from timing import items_per_sec, timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.cli import HelpFormatter, int_at_least, run
+from support.cores import count_cores
 from support.devices import pick_device
 from support.files import UserError
 

@@ -25,7 +25,8 @@ from timing import timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import DataGenerater, find_images, read_batches
-from support.cli import HelpFormatter, count_cores, int_at_least, run
+from support.cli import HelpFormatter, int_at_least, run
+from support.cores import count_cores
 from support.files import UserError
 from support.inception import LAST_LAYER, load_inception
 from support.metrics import Moments, frechet_distance, kernel_distance, precision_and_recall

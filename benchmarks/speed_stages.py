@@ -24,7 +24,7 @@ import generator
 import preprocess
 from dataloader import DataGenerater, make_loader
 from network import Generator
-from support.cli import count_cores
+from support.cores import count_cores
 from support.files import UserError
 
 BYTES_PER_IMAGE = 3 * 64 * 64

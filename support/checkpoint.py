@@ -1,6 +1,5 @@
-"""A training on disk: its folder and lock, parameters and checkpoints. --resume goes on from these files.
+"""A training on disk: parameters and checkpoints. --resume goes on from these files.
 
-    lock = open_outdir(args.outdir, args.resume)
     save_checkpoint(state, args, log)
     load_checkpoint(state, args)
 
@@ -25,9 +24,9 @@ from torch import nn
 
 from support import distributed
 from support.files import UserError, atomic_write, printable
+from support.outdir import CHECKPOINTS, name_last_checkpoint
 from support.weights import load_tensors, nested_tensors, save_tensors
 
-CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 # A resumed training is the same training only if these are the same.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
 FIXED += ("precision", "seed", "data_sha256")
@@ -59,47 +58,6 @@ class TrainState:
                 f"a loss is NaN or infinite near step {self.step}: training has diverged; "
                 f"{name_last_checkpoint(outdir)}; start again in another --outdir with another --seed or a lower --lr"
             )
-
-
-def name_last_checkpoint(outdir: Path) -> str:
-    newest = outdir / CHECKPOINTS[0]
-    return f"the last good checkpoint is {newest}" if newest.exists() else "there is no checkpoint yet"
-
-
-def open_outdir(outdir: Path, resume: bool) -> TextIO:
-    """Make `outdir` and lock it. The system releases the lock however this process ends. Raises UserError."""
-    shown = printable(outdir)
-    has_checkpoint = any((outdir / name).exists() for name in CHECKPOINTS)
-    if has_checkpoint and not resume:
-        raise UserError(f"{shown} holds a training; go on by --resume, or choose another --outdir")
-    if not has_checkpoint and (outdir / "generator.params").exists():
-        raise UserError(f"{shown} holds the generator.params of another training; choose another --outdir")
-    if resume and not has_checkpoint:
-        raise UserError(f"--resume: there is no checkpoint in {shown}; leave out --resume to start one")
-    try:
-        (outdir / "samples").mkdir(parents=True, exist_ok=True)
-        lock = (outdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to --outdir {shown} ({error.strerror}); choose another") from None
-    try:
-        lock_file(lock)
-    except OSError:
-        raise UserError(f"another training is running in {shown}; choose another --outdir") from None
-    for leftover in outdir.rglob(".*.tmp"):  # of a killed training: the lock proves that no other is writing them
-        leftover.unlink(missing_ok=True)
-    return lock
-
-
-def lock_file(file: TextIO) -> None:
-    """Lock an open file for this process alone. Raises OSError when another process has locked it."""
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import TextIO
 
 from support.files import UserError, printable
-from support.startup import end_on_ctrl_c
 
 LARGEST = 2**48  # flags are added and multiplied, and must stay within the 64 bits of torch's seeds
 
@@ -55,6 +55,34 @@ def float_below(limit: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+def npz_path(text: str) -> Path:
+    """An argparse type: a path that ends in .npz. numpy.load and this repository know the format by that name."""
+    path = Path(text)
+    return path if path.suffix.lower() == ".npz" else path.with_name(f"{path.name}.npz")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """An argparse type: `0-63`, `7` or `1,5,10-12` as a list of seeds, each once."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + 10_000_000:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-63 or 1,5,10-12")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def parse_terms(text: str) -> list[tuple[int, list[int]]]:
+    """An argparse type: `1,2,3 - 4,5,6 + 7` as [(1, [1, 2, 3]), (-1, [4, 5, 6]), (1, [7])]."""
+    signs_and_groups = re.split(r"\s([+-])\s", f" + {text}")[1:]
+    try:
+        groups = [parse_seeds(group) for group in signs_and_groups[1::2]]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{error}; a sum is "1,2,3 - 4,5,6 + 7,8,9", with spaces') from None
+    return [(1 if sign == "+" else -1, group) for sign, group in zip(signs_and_groups[::2], groups)]
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Prints a script's docstring unchanged, and the default value of each flag that has one."""
 
@@ -65,11 +93,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         metavar = "PATH" if action.type is Path else super()._get_default_metavar_for_optional(action)
         return getattr(action.type, "metavar", metavar)
-
-
-def count_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Output:
@@ -110,7 +133,14 @@ def set_up_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # in the order of their numbers, which no other file gets then
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    sys.stdout, sys.stderr = Output(sys.stdout, required=True), Output(sys.stderr, required=False)
+    if not isinstance(sys.stdout, Output):
+        sys.stdout, sys.stderr = Output(sys.stdout, required=True), Output(sys.stderr, required=False)
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end this process at once and without a traceback: in a script's imports, until run() is called."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not when a shell has made it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,6 +1,8 @@
 """What a file is, by its first bytes and by the names in a zip. Nothing in a file is ever run. Imports no torch.
 
     describe(Path("netG.pth"))                  # "a git-lfs pointer"
+    require_pytorch_file(Path("netG.pth"), remedy="pass another to --params")
+    holds_statistics(Path("real.npz"))          # True: mu and sigma
     read_pickle(Path("netG.pth"))               # (["network.Generator", ...], {"_modules", ...}), without loading any
 """
 
@@ -10,6 +12,9 @@ import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+
+from support.files import UserError, printable
+from support.folders import require_images
 
 PYTORCH = "a PyTorch file"
 STATISTICS = "an .npz of statistics"
@@ -30,6 +35,29 @@ FIRST_BYTES = {
     "a compressed archive": rb"\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!|.{257}ustar",
 }
 TENSORFLOW = r"\.(pb|pbtxt|tflite|index|meta|data-\d+-of-\d+)$"  # names of files whose first bytes say little
+# What to do with a file that is no state dict. Where a kind is missing here, the caller's remedy says it.
+WEIGHTS_ADVICE = {
+    "a folder": "give the file of weights in it",
+    "a git-lfs pointer": "fetch the weights with `git lfs pull`",
+    "an HTML page": "download the file itself, not the page that links to it",
+    "a safetensors file": "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`",
+    "a TorchScript archive": "save its weights with `torch.save(torch.jit.load(OLD).state_dict(), NEW)`",
+    "a zip of other files": "unzip it and give the file of weights in it",
+    "a compressed archive": "unpack it and give the file of weights in it",
+}
+SAVEZ = "write its mu and sigma to an .npz with `numpy.savez(FILE, mu=mu, sigma=sigma)`"
+# What to do with a file that is neither a folder of images nor an .npz.
+IMAGES_ADVICE = {
+    "a NumPy array (.npy)": SAVEZ,
+    "a Python pickle": SAVEZ,
+    PYTORCH: f"pass a generator to --params; if it holds statistics, {SAVEZ}",
+    "a zip of other files": "unzip it and give the folder",
+    "a compressed archive": "unpack it and give the folder",
+    "an image": "give the folder that holds it",
+    "an empty file": "copy or download it again",
+    "a git-lfs pointer": "fetch the file with `git lfs pull`",
+    "an HTML page": "download the file itself, not the page that links to it",
+}
 LONGEST = 2**23  # bytes of a pickle that are looked at
 
 
@@ -86,3 +114,46 @@ def read_pickle(path: Path) -> tuple[list[str], set[str]]:
                 elif isinstance(value, str):
                     strings.add(value)
     return called, strings
+
+
+def require_pytorch_file(path: Path, remedy: str) -> None:
+    """Raise UserError when `path` is missing, cannot be read or is a file of another kind.
+
+    Whether it holds the right tensors is for support/weights.py to say.
+    """
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} does not exist; {remedy}")
+    try:
+        kind = describe(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    if kind not in ("", PYTORCH):
+        raise UserError(f"{path} is {kind}, not a state dict of PyTorch; {WEIGHTS_ADVICE.get(kind, remedy)}")
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether `path` is an .npz of statistics, and not images. Raises UserError, which names the kind of other files.
+
+    The content decides, not the name. Whether the statistics are whole is for load_statistics() to say.
+    """
+    named_npz = path.suffix.lower() == ".npz"
+    if not path.is_file():
+        return named_npz and not path.is_dir()
+    try:
+        kind = describe(path)
+    except OSError as error:
+        raise UserError(f"{printable(path)} cannot be read ({error.strerror}); give another") from None
+    if kind in (STATISTICS, SAMPLES):
+        return kind == STATISTICS
+    if named_npz and kind in ("", "an .npz of other arrays"):
+        return True
+    what = kind or "neither a folder nor an .npz"
+    raise UserError(f"{printable(path)} is {what}; {IMAGES_ADVICE.get(kind, 'give a folder of images or an .npz')}")
+
+
+def require_images_or_statistics(path: Path) -> None:
+    """Raise UserError when `path` is neither a folder that holds an image nor an .npz."""
+    if holds_statistics(path) and not path.is_file():
+        raise UserError(f"{path} does not exist; give a folder of images or an .npz of statistics")
+    if not path.is_file():
+        require_images(path)

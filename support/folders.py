@@ -1,7 +1,7 @@
-"""Folders that hold no photos: hidden ones, those of file systems, and what our own scripts wrote. Imports no torch.
+"""Folders: the images in them, and those that hold no photos (hidden ones, output of our scripts). Imports no torch.
 
     reasons = folders_without_photos(["a/1.jpg", ".git/config"])      # {".git": "hidden"}
-    for path in walk_files(Path("data/64/train")): ...
+    paths = find_images(Path("data/64/train"))
 """
 
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from support.files import UserError, printable
 
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+RARE_SUFFIXES = (".jpe", ".apng", ".pbm")  # of the same formats, but these stay in the name of a crop
 SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
 CROP_NOTE = "crop.txt"  # preprocess.py writes it into data/<size>
 RUN_FILES = {"log.jsonl", "generator.params", "checkpoint.pt"}  # train.py writes them next to args.json
@@ -90,3 +92,23 @@ def walk_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not system_folder(name)]
         yield from (Path(folder, name) for name in files)
+
+
+def walk_images(root: Path) -> Iterator[Path]:
+    """Every image file below `root`, by its name. Raises UserError for an unreadable folder."""
+    suffixes = {*SUFFIXES, *RARE_SUFFIXES}
+    return (path for path in walk_files(root) if path.suffix.lower() in suffixes and path.is_file())
+
+
+def require_images(root: str | Path) -> None:
+    """Raise UserError when there is no folder `root`, or no image in it."""
+    if not Path(root).is_dir():
+        raise UserError(f"there is no folder {printable(root)}; make the crops with `python preprocess.py PHOTOS`")
+    if not any(walk_images(Path(root))):
+        raise UserError(f"{printable(root)} holds no images; make the crops with `python preprocess.py PHOTOS`")
+
+
+def find_images(root: str | Path) -> list[Path]:
+    """Every image file below `root`, sorted, hidden folders excepted. Raises UserError when there is none."""
+    require_images(root)
+    return sorted(walk_images(Path(root)))

@@ -22,26 +22,13 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import Inception_V3_Weights
 from torchvision.models.inception import BasicConv2d, Inception3
 
 from support.devices import DTYPES
 from support.file_kinds import PYTORCH, describe
 from support.files import UserError
+from support.inception_choices import CLASSES, DEFAULT_RESIZE, LAST_LAYER, MEGABYTES, URLS, check_weights
 from support.weights import add_counters, check_tensors, find_networks, load_tensors
-
-LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
-URLS = {
-    "torchvision": Inception_V3_Weights.IMAGENET1K_V1.url,
-    "tf2015": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-}
-MEGABYTES = {"torchvision": 104, "tf2015": 91}
-CLASSES = {"torchvision": 1000, "tf2015": 1008}  # all other shapes are the same in both
-# The resizes of published numbers: TensorFlow's graph (TTUR, StyleGAN, torch-fidelity) includes one, and users of
-# torchvision's network resize with PyTorch.
-DEFAULT_RESIZE = {"torchvision": "bilinear", "tf2015": "tf"}
-RESIZES = ("bilinear", "tf", "clean")
 
 
 class Features(nn.Module):
@@ -95,10 +82,7 @@ def load_inception(
     Raises UserError when the weights cannot be downloaded or are not those of this Inception-v3.
     """
     path, resize = Path(weights or find_weights(name)), resize or DEFAULT_RESIZE[name]
-    if path.is_dir():
-        raise UserError(f"--weights {path} is a folder; give the state dict of Inception-v3 in it")
-    if not path.is_file():
-        raise UserError(f"--weights {path} does not exist; give a state dict of Inception-v3")
+    check_weights(path)
     digest = hash_file(path)
     layers = load_layers(name, dims, path)
     centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5

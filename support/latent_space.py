@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from support.files import UserError
+from support.targets import LATENTS_REMEDY
 from support.weights import load_tensors
 
 FRAMES = 24  # of the morph from one latent to the next
@@ -53,7 +54,7 @@ def read_latents(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     """{name: latent (nz,1,1)} of the files that --project writes. Raises UserError for other files."""
     named = {}
     for path in paths:
-        z = load_tensors(path, "make one with --project").get("latents")
+        z = load_tensors(path, LATENTS_REMEDY).get("latents")
         if not isinstance(z, torch.Tensor) or z.shape[2:] != (1, 1) or not z.is_floating_point() or not len(z):
             raise UserError(f"{path} holds no latents (N,nz,1,1); make a file of them with --project")
         if not z.isfinite().all():

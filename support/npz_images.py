@@ -1,7 +1,6 @@
-"""Where evaluate.py's images come from: a folder or an .npz of images, or an .npz of their statistics.
+"""Images in an .npz, the format of OpenAI's guided-diffusion (ADM).
 
-    holds_statistics(Path("real.npz"))          # True: mu and sigma
-    NpzImages(Path("samples.npz"))[7]           # uint8 (3,S,S), from the format of OpenAI's guided-diffusion (ADM)
+    NpzImages(Path("samples.npz"))[7]           # uint8 (3,S,S)
 """
 
 from collections.abc import Sequence
@@ -11,42 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.file_kinds import PYTORCH, SAMPLES, STATISTICS, describe
 from support.files import UserError, printable
-
-SAVEZ = "write its mu and sigma to an .npz with `numpy.savez(FILE, mu=mu, sigma=sigma)`"
-# What to do with a file of another kind.
-ADVICE = {
-    "a NumPy array (.npy)": SAVEZ,
-    "a Python pickle": SAVEZ,
-    PYTORCH: f"pass a generator to --params; if it holds statistics, {SAVEZ}",
-    "a zip of other files": "unzip it and give the folder",
-    "a compressed archive": "unpack it and give the folder",
-    "an image": "give the folder that holds it",
-    "an empty file": "copy or download it again",
-    "a git-lfs pointer": "fetch the file with `git lfs pull`",
-    "an HTML page": "download the file itself, not the page that links to it",
-}
-
-
-def holds_statistics(path: Path) -> bool:
-    """Whether `path` is an .npz of statistics, and not images. Raises UserError, which names the kind of other files.
-
-    The content decides, not the name. Whether the statistics are whole is for load_statistics() to say.
-    """
-    named_npz = path.suffix.lower() == ".npz"
-    if not path.is_file():
-        return named_npz and not path.is_dir()
-    try:
-        kind = describe(path)
-    except OSError as error:
-        raise UserError(f"{printable(path)} cannot be read ({error.strerror}); give another") from None
-    if kind in (STATISTICS, SAMPLES):
-        return kind == STATISTICS
-    if named_npz and kind in ("", "an .npz of other arrays"):
-        return True
-    what = kind or "neither a folder nor an .npz"
-    raise UserError(f"{printable(path)} is {what}; {ADVICE.get(kind, 'give a folder of images or an .npz')}")
 
 
 class NpzImages:

@@ -16,8 +16,6 @@ from support.sources import OWN_PICTURE, Photo, read_bytes, read_file
 
 # Decoders that are fast, run no other program and know an image's size before they decode it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-RARE_SUFFIXES = (".jpe", ".apng", ".pbm")  # of the same formats, but these stay in the name of a crop
 MAX_PIXELS = 50_000_000  # decodes in under 5 s and 1 GiB in every format
 
 

@@ -1,33 +1,41 @@
-"""What a script does before its imports, which take seconds and need packages. Imports no package itself.
+"""What a script does before the imports that take seconds. Imports no package itself.
 
     if __name__ == "__main__":
-        prepare()                                   # or prepare("numpy"), for a script that needs fewer packages
+        prepare(parse_args, check_args)             # or prepare(packages=("numpy",)), for a script that needs fewer
 """
 
+import argparse
+import os
 import re
-import signal
-import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
+from support.cli import end_on_ctrl_c, run
 from support.files import UserError
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 
 
-def prepare(*names: str) -> None:
-    """Let Ctrl-C end the process silently, and exit with one sentence when one of the packages `names` is missing."""
+def prepare(
+    parse_args: Callable[[], argparse.Namespace] | None = None,
+    check_args: Callable[[argparse.Namespace], None] | None = None,
+    packages: Sequence[str] = (),
+) -> None:
+    """Answer --help, and exit with one sentence for missing `packages` (all by default) and for refused flags.
+
+    Afterwards, Ctrl-C ends the process silently until run() is called.
+    """
+
+    def answer() -> None:
+        require_packages(*packages)
+        args = parse_args() if parse_args else None
+        # Processes of torchrun check in main(), when they have found each other and can end together.
+        if check_args and os.environ.get("WORLD_SIZE", "1") == "1":
+            check_args(args)
+
+    run(answer)
     end_on_ctrl_c()
-    try:
-        require_packages(*names)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-def end_on_ctrl_c() -> None:
-    """Let Ctrl-C end this process at once and without a traceback: in a script's imports, until run() is called."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not when a shell has made it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def require_packages(*names: str) -> None:

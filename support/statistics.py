@@ -67,12 +67,6 @@ def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
             )
 
 
-def npz_path(text: str) -> Path:
-    """An argparse type: a path that ends in .npz. numpy.load and this repository know the format by that name."""
-    path = Path(text)
-    return path if path.suffix.lower() == ".npz" else path.with_name(f"{path.name}.npz")
-
-
 def save_statistics(stats: dict, path: Path) -> None:
     """Write an .npz of mu and sigma with their metadata. Raises UserError."""
     with atomic_write(path) as file:
@@ -98,6 +92,16 @@ def load_statistics(path: Path) -> dict:
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
     return {"dims": len(stats["mu"])} | stats
+
+
+def load_comparable(path: Path, metadata: dict) -> dict:
+    """load_statistics() of a file that was measured as `metadata` says, with a note where the file does not say it."""
+    stats = load_statistics(path)
+    refuse_mismatch(stats, metadata, path)
+    if "network" not in stats and is_first_rank():
+        message = f"{path} does not say how it was measured: make sure that both sides were measured alike"
+        print(f"note: {message}", file=sys.stderr)
+    return stats
 
 
 def check_statistics(stats: dict) -> None:

@@ -17,9 +17,10 @@ from typing import TextIO
 from PIL import Image
 from tqdm import tqdm
 
-from support.checkpoint import TrainState, name_last_checkpoint
+from support.checkpoint import TrainState
 from support.files import atomic_write
 from support.images import save_animation, save_plot
+from support.outdir import name_last_checkpoint
 
 FIELDS = {"step", "epoch", "images_seen", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec"}  # of each row
 

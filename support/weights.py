@@ -12,19 +12,9 @@ from pathlib import Path
 
 import torch
 
-from support.file_kinds import PYTORCH, describe, read_pickle
+from support.file_kinds import PYTORCH, describe, read_pickle, require_pytorch_file
 from support.files import UserError, atomic_write, printable
 
-# What to do with a file of another kind. Where a kind is missing here, the caller's remedy says it.
-ADVICE = {
-    "a folder": "give the file of weights in it",
-    "a git-lfs pointer": "fetch the weights with `git lfs pull`",
-    "an HTML page": "download the file itself, not the page that links to it",
-    "a safetensors file": "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`",
-    "a TorchScript archive": "save its weights with `torch.save(torch.jit.load(OLD).state_dict(), NEW)`",
-    "a zip of other files": "unzip it and give the file of weights in it",
-    "a compressed archive": "unpack it and give the file of weights in it",
-}
 # What the pickle of plain tensors and data names.
 PLAIN = r"torch\.(\w+|_\w+\..+|storage\..+|nn\.parameter\..+)|collections\..+"
 PLAIN += r"|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
@@ -124,8 +114,7 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
     kind, when it holds anything but plain data and tensors, or when a tensor claims more elements than the file has.
     """
     path = Path(path)
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} does not exist; {remedy}")
+    require_pytorch_file(path, remedy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,16 +133,11 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
 
 
 def explain_failure(path: Path, error: Exception, remedy: str) -> UserError:
-    """One sentence for a `path` that torch.load refused with `error`: what the file is, and what to do."""
+    """One sentence for a `path` that torch.load refused with `error`: what the file holds, and what to do."""
     try:
-        kind = describe(path)
-        called, strings = read_pickle(path) if kind == PYTORCH else ([], set())
-    except PermissionError:
-        return UserError(f"{path} cannot be read (permission denied); {remedy}")
+        called, strings = read_pickle(path) if describe(path) == PYTORCH else ([], set())
     except Exception:  # a damaged zip
-        kind, called, strings = "", [], set()
-    if kind not in ("", PYTORCH):
-        return UserError(f"{path} is {kind}, not a state dict of PyTorch; {ADVICE.get(kind, remedy)}")
+        called, strings = [], set()
     foreign = [printable(name)[:100] for name in called if not re.fullmatch(PLAIN, name)]
     if foreign and {"_modules", "_parameters"} <= strings:
         how = "load it where its code is, and save its weights with `torch.save(MODULE.state_dict(), NEW)`"

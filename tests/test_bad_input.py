@@ -121,7 +121,8 @@ def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
     (("--images", "mixed", "--real", "two"), ["b.png is 32x32"]),
     (("--images", "broken", "--real", "two"), ["a.png", "cannot be read"]),
     (("--images", "one"), ["64", "test", "preprocess.py"]),
-    (("--images", "one", "--weights", "nowhere"), ["64", "test", "preprocess.py"]),
+    (("--images", "one", "--weights", "nowhere"), ["--weights nowhere does not exist"]),
+    (("--images", "one", "--dataroot", "nowhere"), ["no folder nowhere", "preprocess.py"]),
     (("--images", "one", "--real", "one"), ["1 images"]),
     (("--images", "one", "--real", "two", "--num", "9"), ["--num is 9", "1 images"]),
     (("--images", "one", "--real", "small"), ["resolution is 32"]),
@@ -136,7 +137,7 @@ def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
     (("--images", "one", "--real", "one", "--device", "cuda:7"), ["--device cuda:7"]),
 ])
 def test_evaluate_refuses_bad_input(evaluate_refuses, tmp_path, flags, words):
-    for folder in ("empty", "one", "two", "small", "mixed", "broken"):
+    for folder in ("data", "empty", "one", "two", "small", "mixed", "broken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "bad.npz").write_text("no archive")
     (tmp_path / "broken" / "a.png").write_text("no picture")

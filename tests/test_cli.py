@@ -40,6 +40,59 @@ def shell(tmp_path):
     return run
 
 
+# ---------------------------------------------------------------------------------------------- answers without torch
+
+
+@pytest.fixture
+def run_without_torch(tmp_path):
+    """Runs a script where `import torch` fails. The folder holds photo.png, run/checkpoint.pt, page.pth and data/."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "torch.py").write_text("raise ImportError('torch was imported')")
+    for folder in ("data", "run", "faces", "64"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "faces" / "00000007.png")
+    (tmp_path / "run" / "checkpoint.pt").write_text("")
+    (tmp_path / "run" / "00000007.latents").write_text("")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
+    shutil.copytree(tmp_path / "faces", tmp_path / "64" / "train")
+    return lambda script, *flags: run_python(
+        ROOT / f"{script}.py", *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path / "hidden")
+    )
+
+
+@pytest.mark.parametrize("script", ["preprocess", "generator", "evaluate", "train"])
+def test_help_needs_no_torch(run_without_torch, script):
+    done = run_without_torch(script, "--help")
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py") and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command, words", [
+    ("preprocess nowhere", "nowhere does not exist"),
+    ("generator --seeds 5-3", "--seeds: '5-3'"),
+    ("generator --seeds 1 --params nowhere", "nowhere does not exist; make one with `python train.py`"),
+    ("generator --seeds 1 --params page.pth", "page.pth is an HTML page"),
+    ("generator --seeds 0-9", "00000007.png exists"),
+    ("generator --latents page.pth", "page.pth is an HTML page"),
+    ("generator --project nowhere.jpg", "nowhere.jpg cannot be read"),
+    ("generator --project faces/00000007.png --outdir run", "00000007.latents exists"),
+    ("generator --arithmetic 1+2", "--arithmetic: '1+2'"),
+    ("evaluate --params nowhere", "nowhere does not exist"),
+    ("evaluate --images nowhere", "no folder nowhere"),
+    ("evaluate --images none.npz", "none.npz does not exist"),
+    ("evaluate --images faces --real run", "run holds no images"),
+    ("evaluate --dataroot nowhere", "no folder nowhere; make the crops"),
+    ("evaluate --weights nowhere", "--weights nowhere does not exist"),
+    ("evaluate --json page.pth", "page.pth exists"),
+    ("evaluate --neighbours n.gif", "--neighbours draws a .png"),
+    ("train --lr fast", "argument --lr"),
+    ("train", "no folder data/64/train; make the crops"),
+    ("train --dataroot . --outdir run", "run holds a training; go on by --resume"),
+    ("train --dataroot . --outdir faces --resume", "no checkpoint in faces"),
+])
+def test_refusals_need_no_torch(run_without_torch, refused, command, words):
+    refused(run_without_torch(*command.split()), words)
+
+
 # ---------------------------------------------------------------------------------------------- encodings and names
 
 
@@ -157,7 +210,9 @@ def test_ctrl_c_in_the_middle_of_a_measurement(tmp_path, params, weights, dataro
     ("preprocess", "PIL"), ("generator", "torch"), ("evaluate", "torch"), ("train", "torch"),
 ])
 def test_ctrl_c_during_the_imports(tmp_path, script, module):
-    done = run_python(PROGRAMS / "interrupt_imports.py", ROOT / f"{script}.py", module, cwd=tmp_path)
+    (tmp_path / "data").mkdir()
+    flags = ["--demo"] if script == "train" else []
+    done = run_python(PROGRAMS / "interrupt_imports.py", module, ROOT / f"{script}.py", *flags, cwd=tmp_path)
     assert done.returncode == -signal.SIGINT and done.stderr == ""  # which a shell reports as 130
 
 

@@ -13,6 +13,7 @@ import network_128
 from dataloader import DataGenerater, find_images
 from support.files import UserError
 from support.seeding import latents
+from support.targets import path_next_to
 
 
 @pytest.fixture
@@ -57,9 +58,9 @@ def test_grid_and_interpolation_lie_next_to_the_folder_of_faces(params, tmp_path
 def test_the_grid_of_any_outdir_has_its_name(tmp_path, monkeypatch, outdir, grid):
     (tmp_path / "work" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
-    assert generator.path_next_to(Path(outdir), "_grid.png").resolve() == Path(grid).resolve()
+    assert path_next_to(Path(outdir), "_grid.png").resolve() == Path(grid).resolve()
     with pytest.raises(UserError, match="--outdir"):
-        generator.path_next_to(Path(Path.cwd().anchor), "_grid.png")
+        path_next_to(Path(Path.cwd().anchor), "_grid.png")
 
 
 def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path):

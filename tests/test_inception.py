@@ -13,6 +13,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 import network
 from support import inception
 from support.files import UserError
+from support.inception_choices import RESIZES
 
 
 def close(a, b):
@@ -109,7 +110,7 @@ def test_the_2015_graph_centers_pixels_at_128(weights, tmp_path):
     centres = {
         (name, resize): inception.load_inception(name, 64, path, resize=resize)[0].centre
         for name, path in (("tf2015", weights), ("torchvision", tmp_path / "torchvision.pth"))
-        for resize in inception.RESIZES
+        for resize in RESIZES
     }
     assert [centre for key, centre in centres.items() if centre == 128] == [128, 128]
     assert centres["tf2015", "tf"] == centres["tf2015", "clean"] == 128

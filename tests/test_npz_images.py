@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import evaluate
-from support import statistics
+from support.cli import npz_path
 from support.comparison import report, warn
+from support.file_kinds import holds_statistics
 from support.files import UserError
-from support.npz_images import NpzImages, holds_statistics
+from support.npz_images import NpzImages
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_rank_deficient_covariance_is_a_warning(capsys):
 def test_save_stats_adds_npz_to_the_name(run_evaluate, foreign, tmp_path):
     run_evaluate("--images", foreign[0], "--real", foreign[1], "--save-stats", tmp_path / "stats.v1")
     assert run_evaluate("--images", foreign[1], "--real", tmp_path / "stats.v1.npz").out.endswith(": 0.0000\n")
-    assert statistics.npz_path("S.NPZ").name == "S.NPZ" and not (tmp_path / "stats.v1").exists()
+    assert npz_path("S.NPZ").name == "S.NPZ" and not (tmp_path / "stats.v1").exists()
 
 
 @pytest.mark.parametrize("flag, name", [("--json", "r.json"), ("--save-stats", "s.npz"), ("--neighbours", "n.png")])

@@ -1,4 +1,4 @@
-"""Run a script, and send Ctrl-C to it when it imports a module: interrupt_imports.py SCRIPT MODULE"""
+"""Run a script, and send Ctrl-C to it when it imports a module: interrupt_imports.py MODULE SCRIPT FLAGS"""
 
 import importlib.abc
 import runpy
@@ -9,11 +9,12 @@ from pathlib import Path
 
 class Interrupt(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == sys.argv[2]:
+        if name == module:
             signal.raise_signal(signal.SIGINT)
 
 
-script = Path(sys.argv[1])
+_, module, *sys.argv = sys.argv
+script = Path(sys.argv[0])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
 sys.path.insert(0, str(script.parent))
 sys.meta_path.insert(0, Interrupt())

@@ -1,0 +1,30 @@
+"""Number of CPU cores: support/cores.py."""
+
+import pytest
+
+from support import cores
+from support.cores import count_cores
+
+
+@pytest.mark.parametrize("own_cgroup, files, expected", [
+    ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),  # in a container
+    ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+    ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
+    ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
+    ("0::/a.slice/b.scope\n", {"a.slice/cpu.max": "300000 100000\n", "a.slice/b.scope/cpu.max": "max 100000\n"}, 3),
+    ("0::/\n", {"cpu.max": "9900000 100000\n"}, 64),  # more than there are
+    ("4:memory:/\n3:cpu,cpuacct:/docker/1\n", {"cpu/cpu.cfs_quota_us": "4000", "cpu/cpu.cfs_period_us": "1000"}, 4),
+    ("4:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+    ("not a list\n", {"cpu.max": "200000 100000\n"}, 64),
+    (None, {}, 64),
+])
+def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expected):
+    monkeypatch.setattr(cores, "count_affinity", lambda: 64)
+    if own_cgroup:
+        (tmp_path / "proc" / "self").mkdir(parents=True)
+        (tmp_path / "proc" / "self" / "cgroup").write_text(own_cgroup)
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert count_cores(tmp_path) == expected
