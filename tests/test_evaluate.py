@@ -119,7 +119,8 @@ def test_incomparable_statistics_are_refused(run_evaluate, dataroot, tmp_path):
         run_evaluate("--images", tmp_path / "small.npz", "--real", tmp_path / "other.npz")
 
 
-def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(run_script, refused, weights):
+def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(tmp_path, run_script, refused, weights):
+    (tmp_path / "data").mkdir()
     done = run_script("evaluate.py", "--inception", "tf2015", "--weights", weights)
     refused(done, "data/64/test", "preprocess.py")
     assert "pretrained/generator_64.params" in done.stderr
