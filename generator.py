@@ -150,7 +150,7 @@ def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
     bar = tqdm(total=len(paths), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
     with ThreadPoolExecutor(count_cores()) as pool, bar:
         for images in batches:  # encoding does not overlap with drawing, which uses all cores of a CPU
-            for png, path in zip(pool.map(encode_png, images), remaining):
+            for png, path in zip(pool.map(encode_png, images.permute(0, 2, 3, 1).numpy()), remaining):
                 with atomic_write(path) as file:
                     file.write(png)
             bar.update(len(images))

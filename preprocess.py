@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from support.cli import HelpFormatter, int_at_least, run
@@ -37,7 +38,7 @@ from support.cores import count_cores
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
 from support.folders import CROP_NOTE, SPLITS
-from support.images import PNG_OPTIONS
+from support.images import encode_png
 from support.photos import OwnPicture, crop_square, open_photo
 from support.sources import Photo, list_photos, open_zip, skipped_lines
 from support.splits import assign_splits
@@ -140,7 +141,7 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
         crop = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
         try:
             with atomic_write(args.dataroot / str(size) / photo.split / f"{photo.name}.png") as file:
-                crop.save(file, "PNG", **PNG_OPTIONS)
+                file.write(encode_png(np.asarray(crop), mark=False))
         except UserError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise

@@ -3,11 +3,13 @@
     save_image(image_grid(faces), Path("grid.png"))      # faces: uint8 (N,3,H,W)
 """
 
-import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,8 +18,6 @@ from support.files import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Level 1 with zlib's Z_RLE: a third of the default's time at 128x128, for 2 % more bytes.
-PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}
 # In the metadata of all pictures that this module writes: preprocess.py leaves them out when it looks for photos.
 SOFTWARE = "FakeFaceGen"
 MARK = PngInfo()
@@ -30,11 +30,24 @@ def to_pil(image: "Tensor") -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def encode_png(image: "Tensor") -> memoryview:
-    """The PNG file of an image uint8 (3,H,W)."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG", pnginfo=MARK, **PNG_OPTIONS)
-    return file.getbuffer()
+def encode_png(pixels: np.ndarray, mark: bool = True) -> bytes:
+    """The PNG file of an image uint8 (H,W,3), with SOFTWARE in its metadata if `mark`.
+
+    Pillow tries five filters for each row. One filter for all rows, the difference from the row above ("Up"), takes
+    less than half of the time, for 6 % more bytes. Format: ISO/IEC 15948.
+    """
+    height, width, channels = pixels.shape
+    rows = np.full((height, 1 + width * channels), 2, np.uint8)  # each row begins with its filter: 2 is "Up"
+    rows[:, 1:] = pixels.reshape(height, -1)
+    rows[1:, 1:] -= rows[:-1, 1:]  # modulo 256
+    compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    chunks = [(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))]  # 8 bits a channel, RGB
+    chunks += [(b"tEXt", b"Software\0" + SOFTWARE.encode())] * mark
+    chunks += [(b"IDAT", compressor.compress(rows) + compressor.flush()), (b"IEND", b"")]
+    file = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in chunks:
+        file += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))]
+    return b"".join(file)
 
 
 def image_grid(images: "Tensor", columns: int = 8) -> Image.Image:

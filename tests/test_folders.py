@@ -4,8 +4,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from helpers import ROOT, jpeg, named, skips
 from PIL import Image
 
@@ -13,7 +13,7 @@ import preprocess
 from dataloader import DataGenerater, find_images
 from support.files import UserError
 from support.folders import DOCS, folders_without_photos, relative_key
-from support.images import PNG_OPTIONS, encode_png, save_animation, save_image
+from support.images import encode_png, save_animation, save_image
 
 HIDDEN = [".ipynb_checkpoints", ".Trashes", ".thumbnails", ".@__thumb"]
 SYSTEM = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"]
@@ -93,14 +93,14 @@ def test_output_of_a_training_is_not_a_photo(trained, tmp_path, convert):
 
 def test_pictures_that_our_scripts_draw_are_not_photos(tmp_path, convert):
     """They carry a mark, wherever somebody copies them."""
-    src, face = tmp_path / "src", torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    src, face = tmp_path / "src", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     write(src / "a.jpg")
     (src / "faces").mkdir()
-    picture = Image.fromarray(face.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(face)
     (src / "faces" / "x.png").write_bytes(encode_png(face))
     save_image(picture, src / "faces" / "grid.png")
     save_animation([picture, picture.rotate(90)], src / "faces" / "interpolation.gif")
-    picture.save(src / "faces" / "00000008.png", **PNG_OPTIONS)  # of another program
+    picture.save(src / "faces" / "00000008.png")  # of another program
     (src / "copied.png").write_bytes(encode_png(face))
     out = convert()
     assert named(out) == ["a", "faces__00000008"]
