@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster on hardware with bf16 support")
-    add("--batch-size", type=int_at_least(1), default=16, help="images to measure at a time; 64 and more suit a GPU")
+    add("--batch-size", type=int_at_least(1), help="images to measure at a time (default: what suits the device)")
     args = parser.parse_args(argv)
     if args.neighbours and args.neighbours.suffix.lower() != ".png":
         parser.error("--neighbours draws a .png")
@@ -88,8 +88,9 @@ from generator import choose_params, load_generator, sample
 from network import Generator
 from support import statistics
 from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
+from support.devices import with_float64
 from support.distributed import is_first_rank, joined_ranks, my_share, once_per_machine
-from support.inception import find_weights, load_inception
+from support.inception import find_weights, load_inception, pick_batch_size
 from support.metrics import frechet_distance
 
 
@@ -138,7 +139,7 @@ def load_extractor(args: argparse.Namespace, device: torch.device, image_size: i
     weights = args.weights or once_per_machine(lambda: find_weights(args.inception))
     net, metadata = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
     metadata |= {"version": statistics.VERSION} | ({"resolution": image_size} if image_size else {})
-    return Extractor(net, metadata, args.batch_size, args.dataroot / ".statistics")
+    return Extractor(net, metadata, args.batch_size or pick_batch_size(device), args.dataroot / ".statistics")
 
 
 def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Callable[[Generator], float]:
@@ -195,7 +196,7 @@ def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
 def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[dict], dict | None]:
     """Statistics of the real images, of each draw of generated images, and of training images, if they are needed."""
     if not inputs.netG and holds_statistics(inputs.real) and holds_statistics(inputs.fake):
-        extractor = Extractor(None, {}, args.batch_size, args.dataroot)
+        extractor = Extractor(None, {}, 0, args.dataroot)
     else:
         extractor = load_extractor(args, device, inputs.resolution)
     real, train = extractor.of_path(inputs.real), None
@@ -238,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         if not is_first_rank():
             return
     result = {name: fakes[0].get(name, real.get(name)) for name in statistics.IDENTITY}
-    result |= {"real": str(inputs.real), "fake": str(inputs.fake)} | compare(real, fakes, args.infinity)
+    result |= {"real": str(inputs.real), "fake": str(inputs.fake)}
+    result |= compare(real, fakes, args.infinity, with_float64(device))
     if train and args.floor:
         result |= compare_training_images(real, train, result["n_fake"] or train["n"])
     warn(result["n_real"], result["n_fake"], result["dims"])

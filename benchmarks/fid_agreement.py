@@ -29,7 +29,7 @@ from support.cli import HelpFormatter, int_at_least, run
 from support.cores import count_cores
 from support.files import UserError
 from support.inception import LAST_LAYER, load_inception
-from support.metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
+from support.metrics import frechet_distance, kernel_distance, mean_and_covariance, precision_and_recall
 from support.statistics import measure
 
 SPEED_DIMS = 2048  # of the statistics whose distance is timed
@@ -46,7 +46,7 @@ def our_features(folder: Path, dims: int, resize: str, weights: Path, batch: int
 
 
 def our_fid(a: torch.Tensor, b: torch.Tensor) -> float:
-    return frechet_distance(*Moments().add(a).mean_and_covariance(), *Moments().add(b).mean_and_covariance())
+    return frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
 
 
 def compare_fids(real: Path, fake: Path, args: argparse.Namespace, peer_weights: Path) -> tuple[list[dict], dict]:

@@ -31,7 +31,7 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[int, list]]:
         return [*launcher, ROOT / "train.py", "--dataroot", data, "--outdir", out / name, *flags]
 
     def measure(name: str) -> list:
-        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--batch-size", 256, "--no-floor"]
+        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--no-floor"]
         files = ["--params", out / name / "generator.params", "--dataroot", data, "--json", out / f"{name}.json"]
         return [ROOT / "evaluate.py", *files, *flags]
 

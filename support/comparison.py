@@ -1,6 +1,6 @@
 """Statistics of real and of generated images -> the result of evaluate.py, in numbers, words and a picture.
 
-    result = compare(real, [fake], infinity=False)          # statistics as in support/statistics.py
+    result = compare(real, [fake], False, device)           # statistics as in support/statistics.py
     print(report(metadata | result))
 """
 
@@ -19,22 +19,33 @@ from torch import Tensor
 from support.colour import compare_colour
 from support.files import atomic_write
 from support.images import image_grid, save_image
-from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+from support.metrics import (
+    fid_at_infinity,
+    frechet_distance,
+    kernel_distance,
+    mean_and_covariance,
+    nearest,
+    precision_and_recall,
+)
 from support.statistics import choose
 
 
-def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
-    """FID, KID, precision and recall of generated against real images. FID is the mean over `fakes`, if several."""
+def compare(real: dict, fakes: list[dict], infinity: bool, device: torch.device) -> dict:
+    """FID, KID, precision and recall of generated against real images. FID is the mean over `fakes`, if several.
+
+    KID, precision and recall are computed on `device`, which needs float64.
+    """
     fids = [frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
     result = {"fid": float(np.mean(fids)), "n_real": real.get("n"), "n_fake": fakes[0].get("n")}
     if len(fids) > 1:
         half = scipy.stats.t.ppf(0.975, len(fids) - 1) * np.std(fids, ddof=1) / len(fids) ** 0.5
         result |= {"fids": fids, "n_repeats": len(fids), "fid_95": [result["fid"] - half, result["fid"] + half]}
+    features = [stats["features"].to(device) for stats in (fakes[0], real) if "features" in stats]
     if infinity:
-        result["fid_infinity"] = fid_at_infinity(fakes[0]["features"], real["mu"], real["sigma"])
-    if "features" in real and "features" in fakes[0]:
-        result["kid"], result["kid_std"] = kernel_distance(fakes[0]["features"], real["features"])
-        result["precision"], result["recall"] = precision_and_recall(fakes[0]["features"], real["features"])
+        result["fid_infinity"] = fid_at_infinity(features[0], real["mu"], real["sigma"])
+    if len(features) == 2:
+        result["kid"], result["kid_std"] = kernel_distance(*features)
+        result["precision"], result["recall"] = precision_and_recall(*features)
     if "colour" in real and "colour" in fakes[0]:
         result["colour"] = compare_colour(real["colour"], fakes[0]["colour"])
     return result
@@ -43,7 +54,7 @@ def compare(real: dict, fakes: list[dict], infinity: bool) -> dict:
 def compare_training_images(real: dict, train: dict, n: int) -> dict:
     """The FID of `n` real training images, or of all there are, against the real side."""
     some = train["features"][choose(train["n"], min(n, train["n"]))]
-    fid = frechet_distance(real["mu"], real["sigma"], *Moments().add(some).mean_and_covariance())
+    fid = frechet_distance(real["mu"], real["sigma"], *mean_and_covariance(some))
     return {"floor": fid, "n_floor": len(some)}
 
 

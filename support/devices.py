@@ -72,6 +72,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """`device`, or the CPU in the place of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @contextmanager
 def explain_out_of_memory(remedy: str):
     """Turn a device's out-of-memory error into a UserError that ends in `remedy`."""

@@ -91,6 +91,13 @@ def load_inception(
     return features.requires_grad_(False).eval(), metadata
 
 
+def pick_batch_size(device: torch.device) -> int:
+    """Number of images of a batch for the network on `device`. An image takes less than 32 MiB of a GPU's memory."""
+    if device.type != "cuda":
+        return 16
+    return min(max(torch.cuda.mem_get_info(device)[0] // 2**25, 16), 256)
+
+
 def load_layers(name: str, dims: int, path: Path) -> OrderedDict:
     """The layers of network `name` up to the one with `dims` features, ready for inference, with weights of `path`."""
     with torch.device("meta"):

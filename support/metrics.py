@@ -1,55 +1,34 @@
 """Features (N,D) of two sets of images -> distances between the sets: FID, KID, precision and recall.
 
-    from support.metrics import Moments, frechet_distance
-    fid = frechet_distance(*Moments().add(real).mean_and_covariance(), *Moments().add(fake).mean_and_covariance())
+    from support.metrics import frechet_distance, mean_and_covariance
+    fid = frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake))
 
-Nothing here knows files, images or networks. Input that no metric is defined for raises ValueError.
+Nothing here knows files, images or networks. The work is done on the device of the features, which must have float64
+(MPS has none). Input that no metric is defined for raises ValueError.
 """
 
 import numpy as np
 import scipy.linalg
 import torch
 
-ROWS = 1024  # of a distance matrix that are in memory at a time
+ROWS = 1024  # of features or of a distance matrix that are in memory at a time
 
 
-class Moments:
-    """Count, mean and covariance, in float64, of features (N,D) that arrive in chunks of any size and order."""
-
-    def __init__(self):
-        self.n, self.shift = 0, None
-
-    def add(self, features: torch.Tensor) -> "Moments":
-        # On the CPU, since MPS has no float64. Minus the first row, since sums of squares of nearly equal numbers lose
-        # their digits when the squared mean is subtracted.
-        features = features.cpu().double()
-        if self.shift is None:
-            self.shift = features[0].clone()
-            self.sum = torch.zeros_like(self.shift)
-            self.outer = self.shift.new_zeros(len(self.shift), len(self.shift))
-        features = features - self.shift
-        self.n += len(features)
-        self.sum += features.sum(0)
-        self.outer.addmm_(features.T, features)
-        return self
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Add what `other` has seen, with its sums converted to this shift."""
-        if other.n == 0 or self.n == 0:
-            return self if other.n == 0 else other
-        delta = other.shift - self.shift
-        cross = torch.outer(other.sum, delta)
-        self.n += other.n
-        self.sum += other.sum + other.n * delta
-        self.outer += other.outer + cross + cross.T + other.n * torch.outer(delta, delta)
-        return self
-
-    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and unbiased covariance (D,D), float64. Raises ValueError for fewer than two images."""
-        if self.n < 2:
-            raise ValueError(f"{self.n} images have no covariance")
-        covariance = (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
-        return (self.shift + self.sum / self.n).numpy(), covariance.numpy()
+def mean_and_covariance(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D,D), float64, of features (N,D). Raises ValueError for fewer than two."""
+    n = len(features)
+    if n < 2:
+        raise ValueError(f"{n} images have no covariance")
+    # Minus the first row, since sums of squares of nearly equal numbers lose their digits when the squared mean is
+    # subtracted.
+    shift = features[0].double()
+    total, outer = torch.zeros_like(shift), torch.zeros_like(torch.outer(shift, shift))
+    for rows in features.split(ROWS):  # float64 takes twice the memory
+        rows = rows.double() - shift
+        total += rows.sum(0)
+        outer.addmm_(rows.T, rows)
+    covariance = (outer - torch.outer(total, total) / n) / (n - 1)
+    return (shift + total / n).cpu().numpy(), covariance.cpu().numpy()
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -85,8 +64,8 @@ def fid_at_infinity(fake: torch.Tensor, mu: np.ndarray, sigma: np.ndarray, point
     sizes = np.linspace(max(n // 10, dims), n, points).astype(int)
     rng, fids = np.random.default_rng(seed), []
     for size in sizes:
-        moments = Moments().add(fake[torch.from_numpy(rng.permutation(n)[:size])])
-        fids.append(frechet_distance(mu, sigma, *moments.mean_and_covariance()))
+        some = fake[torch.from_numpy(rng.permutation(n)[:size])]
+        fids.append(frechet_distance(mu, sigma, *mean_and_covariance(some)))
     return float(np.polyfit(1 / sizes, fids, 1)[1])
 
 
@@ -117,14 +96,15 @@ def precision_and_recall(fake: torch.Tensor, real: torch.Tensor, k: int = 3) -> 
 
     def radii(x: torch.Tensor) -> torch.Tensor:
         rank = min(k, len(x) - 1) + 1  # + 1: the nearest to each image is the image
-        return torch.cat([torch.cdist(rows, x).kthvalue(rank).values for rows in x.split(ROWS)])
+        return torch.cat([torch.cdist(rows, x).topk(rank, largest=False).values[:, -1] for rows in x.split(ROWS)])
 
-    def share_within(x: torch.Tensor, others: torch.Tensor) -> float:
-        reach = radii(others)
-        within = [(torch.cdist(rows, others) <= reach).any(1) for rows in x.split(ROWS)]
-        return torch.cat(within).double().mean().item()
-
-    return share_within(fake, real), share_within(real, fake)
+    reach_real, within_real = radii(real), []
+    within_fake = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, reach in zip(fake.split(ROWS), radii(fake).split(ROWS)):
+        distances = torch.cdist(rows, real)
+        within_real.append((distances <= reach_real).any(1))
+        within_fake |= (distances <= reach[:, None]).any(0)
+    return torch.cat(within_real).double().mean().item(), within_fake.double().mean().item()
 
 
 def nearest(x: torch.Tensor, others: torch.Tensor, k: int) -> torch.Tensor:

@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from support.colour import NAMES, measure_colour
-from support.devices import explain_out_of_memory
+from support.devices import explain_out_of_memory, with_float64
 from support.distributed import gather, is_first_rank, my_share
 from support.files import UserError, atomic_write
-from support.metrics import Moments
+from support.metrics import mean_and_covariance
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
 READING = 3  # of images: raised when a file would give other pixels or statistics, so that the cache is measured again
@@ -34,27 +34,22 @@ def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, l
 
     Raises UserError for fewer than 2 images and for features that are NaN or infinite.
     """
-    moments, features, colours, device = Moments(), [], [], next(net.parameters()).device
+    features, colours, device = [], [], next(net.parameters()).device
     bar = tqdm(total=len(my_share(range(total))), desc=label, unit="img", disable=None if is_first_rank() else True)
     with bar, explain_out_of_memory("lower --batch-size"):
         for batch in batches:
             images = batch.to(device)
             colours.append(measure_colour(images))
-            features.append(net(images).cpu())
-            moments.add(features[-1])
+            features.append(net(images))
             bar.update(len(batch))
-    shares = gather((moments, features, colours))
-    moments, features, colours = Moments(), [], []
-    for other_moments, other_features, other_colours in shares:
-        moments, features, colours = moments.merge(other_moments), features + other_features, colours + other_colours
-    features = torch.cat(features)
+    shares = gather(([part.cpu() for part in features], [part.cpu() for part in colours]))
+    features, colours = (torch.cat([part for parts in column for part in parts]) for column in zip(*shares))
     if len(features) < 2:
         raise UserError(f"{label}: {len(features)} images have no covariance; give 2 or more, 2,048 to quote FID")
     if not features.isfinite().all():
         raise UserError(f"{label}: the features hold NaN or infinite values; check the images and --weights")
-    mu, sigma = moments.mean_and_covariance()
-    colour = torch.cat(colours).mean(0).numpy()
-    return {"n": moments.n, "mu": mu, "sigma": sigma, "features": features, "colour": colour}
+    mu, sigma = mean_and_covariance(features.to(with_float64(device)))
+    return {"n": len(features), "mu": mu, "sigma": sigma, "features": features, "colour": colours.mean(0).numpy()}
 
 
 def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:

@@ -188,20 +188,10 @@ def random_inception(tf2015):
     return net.eval()
 
 
-def moments(features, chunk=100):
-    """Mean and covariance of features (N, dims), added `chunk` rows at a time."""
-    import torch
-
-    from support.metrics import Moments
-
-    result = Moments()
-    for start in range(0, len(features), chunk):
-        result.add(torch.as_tensor(features[start : start + chunk]))
-    return result.mean_and_covariance()
-
-
 def fid(a, b):
     """The FID of two sets of features."""
-    from support.metrics import frechet_distance
+    import torch
 
-    return frechet_distance(*moments(a), *moments(b))
+    from support.metrics import frechet_distance, mean_and_covariance
+
+    return frechet_distance(*(x for side in (a, b) for x in mean_and_covariance(torch.as_tensor(side))))

@@ -215,3 +215,10 @@ def test_a_download_is_hashed_and_a_failure_is_explained(tmp_path, weights, monk
         with pytest.raises(UserError, match=f"{name}.*91 MB.*SHA-256 begins 00000000.*--weights"):
             inception.find_weights("tf2015")
         assert not (tmp_path / "hub" / "checkpoints" / name).exists()
+
+
+@pytest.mark.parametrize("free, size", [(2**20, 16), (2 * 2**30, 64), (80 * 2**30, 256)])
+def test_the_default_batch_size_fits_the_device(monkeypatch, free, size):
+    assert inception.pick_batch_size(torch.device("cpu")) == 16
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    assert inception.pick_batch_size(torch.device("cuda")) == size

@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from helpers import fid, moments
+from helpers import fid
 
-from support.metrics import Moments, fid_at_infinity, frechet_distance, kernel_distance, nearest, precision_and_recall
+import support.metrics
+from support.metrics import (
+    fid_at_infinity,
+    frechet_distance,
+    kernel_distance,
+    mean_and_covariance,
+    nearest,
+    precision_and_recall,
+)
 
 
 @pytest.fixture
@@ -30,7 +38,9 @@ def test_fid_equals_closed_forms(rng):
 def test_fid_equals_the_formula_with_the_matrix_square_root(rng):
     from scipy.linalg import sqrtm
 
-    (mu1, s1), (mu2, s2) = moments(rng.normal(size=(400, 30))), moments(rng.normal(1, 2, size=(300, 30)))
+    (mu1, s1), (mu2, s2) = (
+        mean_and_covariance(torch.from_numpy(rng.normal(centre, 2, size=(n, 30)))) for centre, n in ((0, 400), (1, 300))
+    )
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
 
@@ -68,32 +78,24 @@ def test_nan_and_too_few_images_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="NaN or infinite"):
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.inf))
     with pytest.raises(ValueError, match="1 images"):
-        moments(np.zeros((1, 3)))
+        mean_and_covariance(torch.zeros(1, 3))
 
 
-def test_statistics_do_not_depend_on_chunks_or_order(rng):
+def test_statistics_do_not_depend_on_blocks_or_order(rng, monkeypatch):
     x = rng.normal(5, 1, size=(700, 16)).astype(np.float32)
-    mu, sigma = moments(x)
+    mu, sigma = mean_and_covariance(torch.from_numpy(x))
     np.testing.assert_allclose(mu, x.astype(float).mean(0), atol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(x.astype(float), rowvar=False), atol=1e-12)
-    for chunk, rows in ((1, x), (64, x), (700, x), (100, x[::-1].copy())):
-        again = moments(rows, chunk)
+    for rows, order in ((1, 1), (64, 1), (700, 1), (100, -1)):
+        monkeypatch.setattr(support.metrics, "ROWS", rows)
+        again = mean_and_covariance(torch.from_numpy(x[::order].copy()))
         assert abs(again[0] - mu).max() < 1e-10 and abs(again[1] - sigma).max() < 1e-10
-
-
-def test_merged_moments_equal_those_of_all_features(rng):
-    x = torch.from_numpy(rng.normal(1000, 1, size=(300, 16)))
-    merged = Moments()
-    for part in (x[:0], x[:100], x[100:101], x[101:]):
-        merged = merged.merge(Moments().add(part) if len(part) else Moments())
-    for mine, whole in zip(merged.mean_and_covariance(), Moments().add(x).mean_and_covariance()):
-        np.testing.assert_allclose(mine, whole, atol=1e-10)
 
 
 def test_a_million_nearly_equal_features(rng):
     """Near 1000, float32 has a resolution of 6e-5: float32 or uncentered sums of squares lose the covariance."""
     x = (1000 + rng.normal(0, 1e-2, size=(1_000_000, 4))).astype(np.float32)
-    mu, sigma = moments(x, 50_000)
+    mu, sigma = mean_and_covariance(torch.from_numpy(x))
     np.testing.assert_allclose(sigma, np.cov(x.astype(float), rowvar=False), rtol=1e-6, atol=1e-12)
 
 
@@ -111,7 +113,7 @@ def test_kid_is_the_unbiased_estimate(rng):
     assert abs(near[0]) < 3 * near[1] / 10 + 0.05 and near[1] > 0
 
 
-def test_precision_and_recall():
+def test_precision_and_recall(rng, monkeypatch):
     real = torch.arange(20.0)[:, None]  # on a line: the third neighbour is at distance 2 or 3
     assert precision_and_recall(real, real) == (1, 1)
     assert precision_and_recall(real + 1000, real) == (0, 0)
@@ -120,6 +122,13 @@ def test_precision_and_recall():
     half = torch.cat([real[:10], real[:10] + 1000])
     precision, recall = precision_and_recall(half, real)
     assert precision == 0.5 and recall >= 0.5
+    a, b = (torch.from_numpy(rng.normal(0, scale, size=(50, 8))) for scale in (1, 1.5))
+    distances, within = np.array([[(p - q).norm() for q in b] for p in a]), []
+    for x, table in ((b, distances), (a, distances.T)):
+        radius = np.sort([[(p - q).norm() for q in x] for p in x])[:, 3]
+        within.append((table <= radius).any(1).mean())
+    monkeypatch.setattr(support.metrics, "ROWS", 7)
+    assert precision_and_recall(a, b) == pytest.approx(tuple(within))
 
 
 def test_extrapolation_to_infinity_removes_the_bias_of_small_sets(rng):
@@ -129,7 +138,7 @@ def test_extrapolation_to_infinity_removes_the_bias_of_small_sets(rng):
     plain, extrapolated = [], []
     for seed in range(4):
         fake = torch.from_numpy(rng.normal(size=(1000, 64)) @ root.T)
-        plain.append(frechet_distance(mu, sigma, *Moments().add(fake).mean_and_covariance()))
+        plain.append(frechet_distance(mu, sigma, *mean_and_covariance(fake)))
         extrapolated.append(fid_at_infinity(fake, mu, sigma, seed=seed))
     assert abs(np.mean(extrapolated)) < np.mean(plain) / 5
     with pytest.raises(ValueError, match="127 images are too few .* 128 are needed"):
