@@ -100,7 +100,7 @@ from support import checkpoint, distributed
 from support.augment import augment
 from support.checkpoint import TrainState, load_checkpoint, save_args, save_checkpoint, save_params
 from support.cuda_graph import as_cuda_graph
-from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_device
+from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
 from support.seeding import latents, step_augmentations, step_latents
@@ -275,7 +275,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         dataset.decode_all()
     args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
     checkpoint.refuse_unequal_ranks(args, device)
-    set_up_device(device, args.deterministic)
+    set_up_training(args.deterministic)
     state, log, score, stop = make_state(args, device), None, None, 0
     if args.eval_every:
         from evaluate import make_scorer  # torchvision and SciPy take seconds to import

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before a group exists: its default arguments would keep the group's threads alive
 
-from support.devices import pick_device
+from support.devices import keep_freed_memory, pick_device
 from support.files import UserError, printable
 
 STEP_TIMEOUT = timedelta(seconds=45)  # a machine without power or network is noticed after this time
@@ -39,6 +39,8 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     device = pick_device(name, None if missing else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
+    elif device.type == "cpu":
+        keep_freed_memory()
     if not missing:
         connect_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:

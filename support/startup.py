@@ -12,6 +12,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from support.cli import end_on_ctrl_c, run
+from support.cores import count_affinity, count_cores
 from support.files import UserError
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -26,6 +27,7 @@ def prepare(
 
     Afterwards, Ctrl-C ends the process silently until run() is called.
     """
+    set_up_threads()
 
     def answer() -> None:
         require_packages(*packages)
@@ -36,6 +38,18 @@ def prepare(
 
     run(answer)
     end_on_ctrl_c()
+
+
+def set_up_threads() -> None:
+    """Settings of the threads that torch starts later. Values that the user has set in the environment stay.
+
+    GNU's OpenMP lets idle threads wait in a loop before they sleep. By default, two programs on the same cores slow
+    each other down to a fifth, since waiting threads keep the working ones from the cores. 1,000 turns are enough for
+    the short pauses within a step. Of a limited number of cores (a container's), OpenMP would start more threads.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if count_cores() < count_affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 
 
 def require_packages(*names: str) -> None:

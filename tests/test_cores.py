@@ -1,8 +1,10 @@
-"""Number of CPU cores: support/cores.py."""
+"""Number of CPU cores: support/cores.py, and of threads: support/startup.py."""
+
+import os
 
 import pytest
 
-from support import cores
+from support import cores, startup
 from support.cores import count_cores
 
 
@@ -28,3 +30,14 @@ def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expec
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert count_cores(tmp_path) == expected
+
+
+def test_threads_follow_a_limited_number_of_cores_and_the_user(monkeypatch):
+    users = {"OMP_NUM_THREADS": "5", "GOMP_SPINCOUNT": "7"}
+    for own, limited, threads in (({}, 2, "2"), ({}, 64, None), (users, 2, "5")):
+        monkeypatch.setattr(os, "environ", dict(own))
+        monkeypatch.setattr(startup, "count_affinity", lambda: 64)
+        monkeypatch.setattr(startup, "count_cores", lambda limited=limited: limited)
+        startup.set_up_threads()
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+        assert os.environ["GOMP_SPINCOUNT"] == own.get("GOMP_SPINCOUNT", "1000")
