@@ -24,9 +24,13 @@ from support.files import UserError
 MAX_WORKERS = 61  # Windows allows no more
 CHUNK = 8  # items that a worker of map_in_processes() gets at a time
 
+worker_work: Callable | None = None  # in a worker process: what it does with an item
 
-def start_worker() -> None:
-    """Leave what a terminal sends to the parent process, and end when the parent ends, even by kill -9."""
+
+def start_worker(work: Callable) -> None:
+    """Keep `work`, leave what a terminal sends to the parent, and end when the parent ends, even by kill -9."""
+    global worker_work
+    worker_work = work
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -55,24 +59,31 @@ def work_on_chunk(work: Callable, chunk: Sequence) -> list:
     return [work(item) for item in chunk]
 
 
+def work_on(item: object) -> object:
+    """In a worker process: the result for `item`."""
+    return worker_work(item)
+
+
 def iterate_in_processes(
     work: Callable, items: Sequence, workers: int, remedy: str, ahead: int | None = None
 ) -> Iterator:
     """Yield work(item) of each item, in order. `workers` processes compute up to `ahead` results in advance.
 
-    This process does the work when `workers` is 0, and on systems without semaphores (no /dev/shm). Raises the errors
-    of work(), and a UserError that ends in `remedy` when a worker process dies.
+    This process does the work when `workers` is 0, and on systems without semaphores (no /dev/shm). Each worker process
+    gets `work` once, since that may hold the paths of all images. Raises the errors of work(), and a UserError that
+    ends in `remedy` when a worker process dies.
     """
     pool, coming = None, deque()
     if workers and items:
         with suppress(OSError):
-            pool = ProcessPoolExecutor(min(workers, len(items), MAX_WORKERS), initializer=start_worker)
+            number = min(workers, len(items), MAX_WORKERS)
+            pool = ProcessPoolExecutor(number, initializer=start_worker, initargs=(work,))
     if pool is None:
         yield from map(work, items)
         return
     try:
         for item in items:
-            coming.append(pool.submit(work, item))
+            coming.append(pool.submit(work_on, item))
             if ahead and len(coming) > ahead:
                 yield coming.popleft().result()
         while coming:

@@ -108,3 +108,21 @@ def test_training_with_little_shared_memory(dataroot, tmp_path, run_with_shared_
     flags = [*SMALL, "--dataroot", dataroot, "--outdir", "run", "--epochs", 1, "--workers", 2]
     done = run_with_shared_memory("size=64k", PROGRAMS / "train_small_chunks.py", in_memory, *flags)
     assert done.returncode == 0 and (tmp_path / "run" / "generator.params").exists(), done.stderr
+
+
+class Heavy:
+    """Work that says how often it was pickled, as work would be that holds the paths of 200,000 images."""
+
+    pickled = 0
+
+    def __call__(self, x):
+        return x * x
+
+    def __getstate__(self):
+        Heavy.pickled += 1
+        return {}
+
+
+def test_work_travels_once_to_each_worker():
+    assert list(iterate(Heavy(), range(50), workers=2, ahead=4)) == [x * x for x in range(50)]
+    assert Heavy.pickled <= 2
