@@ -15,12 +15,10 @@ and so does any checkpoint that holds one generator. In Python: generate(load_ge
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from support.cli import HelpFormatter, int_at_least, parse_seeds, parse_terms, run
-from support.cores import count_cores
 from support.file_kinds import require_pytorch_file
 from support.files import OVERWRITE_HELP, UserError, atomic_write, printable
 from support.outdir import PARAMS_REMEDY, PRETRAINED, TRAINED, default_params
@@ -145,14 +143,14 @@ def generate(netG: Generator, seeds: Sequence[int]) -> list[Image.Image]:
 
 
 def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
-    """One PNG a face. One thread a core encodes, and this thread alone writes: writers would wait for the folder."""
+    """One PNG a face."""
     remaining = iter(paths)
     bar = tqdm(total=len(paths), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
-    with ThreadPoolExecutor(count_cores()) as pool, bar:
-        for images in batches:  # encoding does not overlap with drawing, which uses all cores of a CPU
-            for png, path in zip(pool.map(encode_png, images.permute(0, 2, 3, 1).numpy()), remaining):
+    with bar:
+        for images in batches:
+            for pixels, path in zip(images.permute(0, 2, 3, 1).numpy(), remaining):
                 with atomic_write(path) as file:
-                    file.write(png)
+                    file.write(encode_png(pixels))
             bar.update(len(images))
 
 

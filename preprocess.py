@@ -213,8 +213,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow-upscale", action="store_true", help="also make crops that are larger than their square in the photo")
     add("--partition", type=Path, help="list_eval_partition.txt or .csv (default: the one in or near SRC, if any)")
     add = parser.add_argument_group("hardware").add_argument
-    add("--workers", type=int_at_least(0), default=count_cores(), help="worker processes; 0 starts none")
+    add("--workers", type=int_at_least(0), help="worker processes; 0 starts none (default: one for each CPU core)")
     args = parser.parse_args(argv)
+    args.workers = count_cores() if args.workers is None else args.workers
     args.sizes = sorted(set(args.sizes))
     return args
 

@@ -16,11 +16,8 @@ import argparse
 import copy
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from support.cli import HelpFormatter, float_below, int_at_least, run
 from support.files import UserError, cannot_write
@@ -98,33 +95,17 @@ import preprocess
 from dataloader import DataGenerater, make_loader, to_float, to_uint8
 from support import checkpoint, distributed
 from support.augment import augment
-from support.checkpoint import TrainState, load_checkpoint, save_args, save_checkpoint, save_params
+from support.checkpoint import load_checkpoint, save_args, save_checkpoint, save_params
 from support.cuda_graph import as_cuda_graph
 from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
 from support.seeding import latents, step_augmentations, step_latents
-from support.training_log import Throughput, continue_log, log_row, next_commands, read_log, save_summary
-from support.weights import save_tensors
+from support.train_state import Setup, Throughput, TrainState
+from support.training_log import continue_log, log_row, measure_fid, next_commands, save_summary
 
 LOG_EVERY = 20  # steps; only then does the CPU wait for the GPU
 COUNTERS = ("step", "epoch", "images_seen")  # fields of the log that the progress bar leaves out
-
-
-@dataclass
-class Setup:
-    """What all steps of a training share. `log` is None in all processes but the first; `score` gives G's FID."""
-
-    args: argparse.Namespace
-    device: torch.device
-    dataset: DataGenerater
-    images: torch.Tensor | None  # all training images, on the device; None where they do not fit there
-    launch: Callable  # train_step() of step_inputs()
-    log: TextIO | None
-    score: Callable[[network.Generator], float] | None
-    autocast: torch.autocast
-    signals: list[int]
-    throughput: Throughput
 
 
 def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
@@ -240,17 +221,6 @@ def end_epoch(state: TrainState, setup: Setup, epoch: int) -> float | None:
         faces = to_uint8(state.netG_ema(latents(range(64), args.nz).to(setup.device))).cpu()
         save_image(image_grid(faces), args.outdir / "samples" / f"epoch_{epoch:03d}.png")
         save_params(state, args.outdir)
-    return fid
-
-
-def measure_fid(state: TrainState, setup: Setup) -> float:
-    """The FID of the EMA weights. They become generator_best.params if no earlier FID in the log is lower."""
-    outdir = setup.args.outdir
-    with setup.throughput.paused():
-        fid = setup.score(state.netG_ema)
-    best = min([row["fid"] for row in read_log(outdir / "log.jsonl", state.step) if "fid" in row], default=fid)
-    if fid <= best and setup.log:
-        save_tensors(state.netG_ema.state_dict(), outdir / "generator_best.params")
     return fid
 
 

@@ -30,10 +30,10 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[int, list]]:
     def train(name: str, *flags, launcher=()) -> list:
         return [*launcher, ROOT / "train.py", "--dataroot", data, "--outdir", out / name, *flags]
 
-    def measure(name: str) -> list:
-        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--no-floor"]
-        files = ["--params", out / name / "generator.params", "--dataroot", data, "--json", out / f"{name}.json"]
-        return [ROOT / "evaluate.py", *files, *flags]
+    def measure(name: str, weights: str = "generator") -> list:
+        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--overwrite"]
+        params, result = out / f"train_{name}" / f"{weights}.params", out / f"measure_{name}_{weights}.json"
+        return [ROOT / "evaluate.py", "--params", params, "--dataroot", data, "--json", result, *flags]
 
     end_to_end = [ROOT / "benchmarks" / "end_to_end.py", "--photos", args.photos, "--weights", args.weights]
     bits = ["--epochs", 2, "--deterministic"]
@@ -49,9 +49,15 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[int, list]]:
         "train_compiled": (150, train("train_compiled", "--epochs", 10, "--compile")),
         "end_to_end": (300, [*end_to_end, "--steps", 200, "--fid-images", 2000, "--json", out / "end_to_end.json"]),
         "train_best_0": (300, train("train_best_0", "--recipe", "best", "--epochs", 56, "--seed", 0)),
-        "measure_best_0": (60, measure("train_best_0")),
+        "measure_best_0_generator": (60, measure("best_0")),
+        "train_report_0": (60, train("train_report_0", "--epochs", 56, "--seed", 0)),
+        "measure_report_0_generator": (60, measure("report_0")),
+        "measure_report_0_generator_raw": (60, measure("report_0", "generator_raw")),
         "train_best_1": (300, train("train_best_1", "--recipe", "best", "--epochs", 56, "--seed", 1)),
-        "measure_best_1": (60, measure("train_best_1")),
+        "measure_best_1_generator": (60, measure("best_1")),
+        "train_report_1": (60, train("train_report_1", "--epochs", 56, "--seed", 1)),
+        "measure_report_1_generator": (60, measure("report_1")),
+        "measure_report_1_generator_raw": (60, measure("report_1", "generator_raw")),
         "train_compiled_best": (150, train("train_compiled_best", "--recipe", "best", "--epochs", 4, "--compile")),
     }
 
@@ -65,8 +71,8 @@ def results(name: str, out: Path) -> dict:
     if name == "train_nccl_bits":
         plain, nccl = (out / step / "generator_raw.params" for step in ("train_plain_bits", name))
         found["same_bits"] = plain.exists() and nccl.exists() and plain.read_bytes() == nccl.read_bytes()
-    path = out / f"{name.replace('measure', 'train')}.json"
-    return found | (json.loads(path.read_text()) if path.exists() and not speeds else {})
+    path = out / f"{name}.json"
+    return found | (json.loads(path.read_text()) if path.exists() else {})
 
 
 def run_step(name: str, limit: int, arguments: list, out: Path) -> None:

@@ -141,7 +141,7 @@ def generate(args: argparse.Namespace, precision: str) -> list[dict]:
         def encode():
             outdir = folder / f"faces{next(runs)}"
             outdir.mkdir()
-            generator.save_faces([faces] * (args.faces // 64), range(args.faces), outdir)
+            generator.save_faces([faces] * (args.faces // 64), [outdir / f"{seed}.png" for seed in range(args.faces)])
 
         medians = medians_in_turn(
             args.rounds,

@@ -13,18 +13,17 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import PIL
 import torch
-from torch import nn
 
 from support import distributed
 from support.files import UserError, atomic_write, printable
-from support.outdir import CHECKPOINTS, name_last_checkpoint
+from support.outdir import CHECKPOINTS
+from support.train_state import TrainState
 from support.weights import load_tensors, nested_tensors, save_tensors
 
 # A resumed training is the same training only if these are the same.
@@ -32,32 +31,6 @@ FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "
 FIXED += ("precision", "seed", "data_sha256")
 # All processes of a training take the same steps only if these are the same too.
 SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
-
-
-@dataclass
-class TrainState:
-    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row."""
-
-    netG: nn.Module
-    netD: nn.Module
-    netG_ema: nn.Module
-    optG: torch.optim.Optimizer
-    optD: torch.optim.Optimizer
-    totals: torch.Tensor
-    step: int = 0
-
-    def parts(self) -> dict:
-        """Networks and optimisers by their names in a checkpoint, where the EMA weights are called "average"."""
-        parts = {"netG": self.netG, "netD": self.netD, "average": self.netG_ema}
-        return parts | {"optG": self.optG, "optD": self.optD}
-
-    def refuse_divergence(self, outdir: Path) -> None:
-        """Raise UserError when a loss is NaN or infinite."""
-        if not self.totals.isfinite().all():
-            raise UserError(
-                f"a loss is NaN or infinite near step {self.step}: training has diverged; "
-                f"{name_last_checkpoint(outdir)}; start again in another --outdir with another --seed or a lower --lr"
-            )
 
 
 def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None:

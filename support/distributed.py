@@ -56,7 +56,7 @@ def connect_ranks(backend: str) -> None:
         dist.init_process_group(backend)
     except RuntimeError as error:
         cause = printable(str(error).splitlines()[0])[:200]
-        raise UserError(f"the processes cannot connect: {cause}; see docs/several_machines.md") from None
+        raise UserError(f"the processes cannot connect: {cause}; see docs/training.md") from None
 
 
 @contextmanager

@@ -9,41 +9,20 @@ import json
 import math
 import shlex
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from PIL import Image
 from tqdm import tqdm
 
-from support.checkpoint import TrainState
 from support.files import atomic_write
 from support.images import save_animation, save_plot
 from support.outdir import name_last_checkpoint
+from support.train_state import Setup, Throughput, TrainState
+from support.weights import save_tensors
 
 FIELDS = {"step", "epoch", "images_seen", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec"}  # of each row
-
-
-class Throughput:
-    """Training speed in images per second, measured between calls and without pauses."""
-
-    def __init__(self, step: int):
-        self.step, self.start = step, time.perf_counter()
-
-    def images_per_sec(self, step: int, batch_size: int) -> float:
-        """Speed since the last call, or since this object was made."""
-        now = time.perf_counter()
-        speed = (step - self.step) * batch_size / (now - self.start)
-        self.step, self.start = step, now
-        return speed
-
-    @contextmanager
-    def paused(self):
-        """Leave out the time that the block takes."""
-        before = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - before
 
 
 def log_row(
@@ -95,6 +74,17 @@ def continue_log(path: Path, step: int) -> TextIO:
     with atomic_write(path, durable=True) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     return path.open("a")
+
+
+def measure_fid(state: TrainState, setup: Setup) -> float:
+    """The FID of the EMA weights. They become generator_best.params if no earlier FID in the log is lower."""
+    outdir = setup.args.outdir
+    with setup.throughput.paused():
+        fid = setup.score(state.netG_ema)
+    best = min([row["fid"] for row in read_log(outdir / "log.jsonl", state.step) if "fid" in row], default=fid)
+    if fid <= best and setup.log:
+        save_tensors(state.netG_ema.state_dict(), outdir / "generator_best.params")
+    return fid
 
 
 def save_summary(outdir: Path) -> None:

@@ -13,7 +13,8 @@ import generator
 import preprocess
 import train
 from support.files import UserError
-from support.training_log import FIELDS, Throughput, log_row, save_summary
+from support.train_state import Throughput
+from support.training_log import FIELDS, log_row, save_summary
 
 
 def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
