@@ -1,7 +1,7 @@
 """Convolutions at 4x4 maps as matrix products: nn.Conv2d and nn.ConvTranspose2d, faster on a CPU.
 
 At such small maps a CPU's convolution kernels leave most of its matrix units idle. One matrix product with a row for
-each pixel of each image uses them. benchmarks/speed.md has the figures. Other devices use torch's own kernels.
+each pixel of each image uses them. Other devices use torch's own kernels.
 
 nn.functional's unfold and fold do the same in as many lines, but take 1.2 times as long (a core without bf16 support).
 """

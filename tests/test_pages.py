@@ -1,0 +1,121 @@
+"""README.md and docs/: their commands parse and run, their links lead somewhere, their numbers were measured."""
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import zipfile
+
+import pytest
+import torch
+from helpers import ROOT, random_inception
+
+from support.demo_faces import draw_face
+
+PAGES = [ROOT / "README.md", ROOT / "pretrained" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PROGRAMS = {"pip", "ruff", "pytest", ".", "git"}
+SMALL = {
+    "train.py": "--epochs 1 --ngf 4 --ndf 4 --nz 8 --batch-size 8 --device cpu",
+    "generator.py": "--device cpu",
+    "evaluate.py": "--inception tf2015 --weights inception.pth --dims 64 --num 8 --device cpu",
+}
+
+
+def fenced_commands(text):
+    """The shell commands in the blocks of a page, as lists of words."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r"&&", re.sub(r"\s#\s.*", "", line)):
+                if command.strip():
+                    yield shlex.split(command)
+
+
+def headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_parse(page):
+    for words in fenced_commands(page.read_text(encoding="utf-8")):
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is None:
+            assert words[0] in OTHER_PROGRAMS or words[:3] == ["python", "-m", "venv"], words
+        elif "/" in words[script]:
+            program, flags = (ROOT / words[script]).read_text(encoding="utf-8"), words[script + 1 :]
+            assert all(f'"{word}"' in program for word in flags if word.startswith("--")), words
+        else:
+            importlib.import_module(words[script].removesuffix(".py")).parse_args(words[script + 1 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_tables(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if not link.startswith(("http://", "https://")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in headings(target), link
+    for line in text.splitlines():
+        if line.startswith("|"):
+            for cell in line.strip("|").split("|"):
+                assert len(re.sub(r"\]\([^)]*\)", "]", cell).strip()) <= 60, cell
+
+
+def test_numbers_of_the_results_were_measured():
+    """Each number in README's results tables is in a file of docs/results, rounded, or 1,000 times as large (KID)."""
+    measured = []
+
+    def collect(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for entry in value:
+                collect(entry)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            measured.extend([value, 1000 * value])
+
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        collect(json.loads(path.read_text()))
+    section = re.search(r"## Results\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    cells = [cell.strip().replace(",", "") for line in section.splitlines() for cell in line.split("|")[2:-1]]
+    numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+", cell)]
+    assert len(numbers) > 30
+    for number in numbers:
+        decimals = len(number.partition(".")[2])
+        assert any(f"{value:.{decimals}f}" == number for value in measured), number
+
+
+def test_help_texts_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("write_help", ROOT / "docs" / "write_help.py")
+    write_help = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_help)
+    for script in write_help.SCRIPTS:
+        written = (ROOT / "docs" / f"{script}-help.txt").read_text(encoding="utf-8")
+        assert write_help.help_text(script).split() == written.split(), "run: python docs/write_help.py"
+
+
+def test_commands_of_the_readme_run_in_their_order(tmp_path, run_script):
+    """Those of "Quick start" and "CelebA, start to finish", in one folder, with small networks and drawn photos."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Quick start\n(.*?)\n## Your own photos", readme, re.DOTALL)[1]
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
+        for number in range(24):
+            with archive.open(f"img_align_celeba/{number:06d}.jpg", "w") as file:
+                draw_face(0, number).save(file, "JPEG")
+    lines = (f"{number:06d}.jpg {2 * (number % 3 == 0)}\n" for number in range(24))
+    (tmp_path / "list_eval_partition.txt").write_text("".join(lines))
+    torch.save(random_inception(tf2015=True).state_dict(), tmp_path / "inception.pth")
+    ran = []
+    for program, *words in fenced_commands(section):
+        if program == "python":
+            done = run_script(words[0], *words[1:], *SMALL.get(words[0], "").split())
+            assert done.returncode == 0, (words, done.stderr)
+            ran.append(words[0])
+    assert ran == ["generator.py", "train.py", "preprocess.py", "train.py", "train.py", "generator.py", "evaluate.py"]
+    assert done.stdout.splitlines()[-1].startswith("Fréchet Inception Distance (FID): ")
+    for name in ("faces_grid.png", "runs/demo/generator.params", "runs/best/training.gif", "celeba_faces_grid.png"):
+        assert (tmp_path / name).is_file(), name
