@@ -145,8 +145,8 @@ def generate(netG: Generator, seeds: Sequence[int]) -> list[Image.Image]:
 def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
     """One PNG a face."""
     remaining = iter(paths)
-    bar = tqdm(total=len(paths), desc="faces", unit="img", disable=None if distributed.is_first_rank() else True)
-    with bar:
+    hidden = None if distributed.is_first_rank() else True
+    with tqdm(total=len(paths), desc="faces", unit="img", disable=hidden) as bar:
         for images in batches:
             for pixels, path in zip(images.permute(0, 2, 3, 1).numpy(), remaining):
                 with atomic_write(path) as file:

@@ -16,17 +16,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from support import metrics
 from support.colour import compare_colour
 from support.files import atomic_write
 from support.images import image_grid, save_image
-from support.metrics import (
-    fid_at_infinity,
-    frechet_distance,
-    kernel_distance,
-    mean_and_covariance,
-    nearest,
-    precision_and_recall,
-)
 from support.statistics import choose
 
 
@@ -35,17 +28,17 @@ def compare(real: dict, fakes: list[dict], infinity: bool, device: torch.device)
 
     KID, precision and recall are computed on `device`, which needs float64.
     """
-    fids = [frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
+    fids = [metrics.frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]) for fake in fakes]
     result = {"fid": float(np.mean(fids)), "n_real": real.get("n"), "n_fake": fakes[0].get("n")}
     if len(fids) > 1:
         half = scipy.stats.t.ppf(0.975, len(fids) - 1) * np.std(fids, ddof=1) / len(fids) ** 0.5
         result |= {"fids": fids, "n_repeats": len(fids), "fid_95": [result["fid"] - half, result["fid"] + half]}
     features = [stats["features"].to(device) for stats in (fakes[0], real) if "features" in stats]
     if infinity:
-        result["fid_infinity"] = fid_at_infinity(features[0], real["mu"], real["sigma"])
+        result["fid_infinity"] = metrics.fid_at_infinity(features[0], real["mu"], real["sigma"])
     if len(features) == 2:
-        result["kid"], result["kid_std"] = kernel_distance(*features)
-        result["precision"], result["recall"] = precision_and_recall(*features)
+        result["kid"], result["kid_std"] = metrics.kernel_distance(*features)
+        result["precision"], result["recall"] = metrics.precision_and_recall(*features)
     if "colour" in real and "colour" in fakes[0]:
         result["colour"] = compare_colour(real["colour"], fakes[0]["colour"])
     return result
@@ -54,7 +47,7 @@ def compare(real: dict, fakes: list[dict], infinity: bool, device: torch.device)
 def compare_training_images(real: dict, train: dict, n: int) -> dict:
     """The FID of `n` real training images, or of all there are, against the real side."""
     some = train["features"][choose(train["n"], min(n, train["n"]))]
-    fid = frechet_distance(real["mu"], real["sigma"], *mean_and_covariance(some))
+    fid = metrics.frechet_distance(real["mu"], real["sigma"], *metrics.mean_and_covariance(some))
     return {"floor": fid, "n_floor": len(some)}
 
 
@@ -108,7 +101,7 @@ def report(result: dict) -> str:
 def draw_neighbours(fakes: Tensor, features: Tensor, train_features: Tensor, train: Sequence, path: Path) -> None:
     """A picture with a row for each of `fakes`: the fake and the 7 images of `train` nearest to it in feature space."""
     rows = []
-    for fake, indices in zip(fakes, nearest(features[: len(fakes)], train_features, 7)):
+    for fake, indices in zip(fakes, metrics.nearest(features[: len(fakes)], train_features, 7)):
         rows.append(torch.cat([fake[None], train.__getitems__(indices.tolist())]))
     save_image(image_grid(torch.cat(rows), columns=len(rows[0])), path)
 
