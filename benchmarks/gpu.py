@@ -20,46 +20,55 @@ from support.cli import HelpFormatter, run
 from support.training_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
+RAW = "generator_raw"
+LONG = {"long": 64, "128": 128}  # image sizes of the longest trainings
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--"]
 
 
-def steps(args: argparse.Namespace) -> dict[str, tuple[int, list]]:
-    """{name: (limit in seconds, arguments of Python)}. Names that begin with "train" have a training in out/<name>."""
+def steps(args: argparse.Namespace) -> list[tuple[int, dict[str, list]]]:
+    """(limit in seconds, {name: arguments of Python}): what is in one dictionary runs side by side on the GPU.
+
+    Names that begin with "train" have a training in out/<name>. A training that reaches its limit keeps the weights of
+    its last epoch, and the next step measures them.
+    """
     data, out = args.out / "data", args.out
 
     def train(name: str, *flags, launcher=()) -> list:
         return [*launcher, ROOT / "train.py", "--dataroot", data, "--outdir", out / name, *flags]
 
-    def measure(name: str, weights: str = "generator") -> list:
-        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--overwrite"]
+    def measure(name: str, size: int = 64, weights: str = "generator") -> list:
+        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768]
+        flags += ["--real", data / str(size) / "test", "--overwrite"]
         params, result = out / f"train_{name}" / f"{weights}.params", out / f"measure_{name}_{weights}.json"
         return [ROOT / "evaluate.py", "--params", params, "--dataroot", data, "--json", result, *flags]
 
     end_to_end = [ROOT / "benchmarks" / "end_to_end.py", "--photos", args.photos, "--weights", args.weights]
     bits = ["--epochs", 2, "--deterministic"]
-    return {
-        "crops": (120, [ROOT / "preprocess.py", args.photos, "--partition", args.partition, "--dataroot", data]),
-        "tests": (120, ["-m", "pytest", "-q", "-n", "2", ROOT / "tests" / "test_step.py", "-k", "cuda_graph"]),
-        "train_report": (60, train("train_report", "--epochs", 10)),
-        "train_best": (60, train("train_best", "--recipe", "best", "--epochs", 4)),
-        "train_128": (60, train("train_128", "--image-size", 128, "--epochs", 8)),
-        "train_plain_bits": (60, train("train_plain_bits", *bits)),
-        "train_nccl_bits": (60, train("train_nccl_bits", *bits, launcher=TORCHRUN)),
-        "train_nccl": (60, train("train_nccl", "--epochs", 10, launcher=TORCHRUN)),
-        "train_compiled": (150, train("train_compiled", "--epochs", 10, "--compile")),
-        "end_to_end": (300, [*end_to_end, "--steps", 200, "--fid-images", 2000, "--json", out / "end_to_end.json"]),
-        "train_best_0": (300, train("train_best_0", "--recipe", "best", "--epochs", 56, "--seed", 0)),
-        "measure_best_0_generator": (60, measure("best_0")),
-        "train_report_0": (60, train("train_report_0", "--epochs", 56, "--seed", 0)),
-        "measure_report_0_generator": (60, measure("report_0")),
-        "measure_report_0_generator_raw": (60, measure("report_0", "generator_raw")),
-        "train_best_1": (300, train("train_best_1", "--recipe", "best", "--epochs", 56, "--seed", 1)),
-        "measure_best_1_generator": (60, measure("best_1")),
-        "train_report_1": (60, train("train_report_1", "--epochs", 56, "--seed", 1)),
-        "measure_report_1_generator": (60, measure("report_1")),
-        "measure_report_1_generator_raw": (60, measure("report_1", "generator_raw")),
-        "train_compiled_best": (150, train("train_compiled_best", "--recipe", "best", "--epochs", 4, "--compile")),
-    }
+
+    def best(name: str, epochs: int, *flags) -> dict[str, list]:
+        return {name: train(name, "--recipe", "best", "--epochs", epochs, *flags)}
+
+    seeds = (0, 1)
+    return [
+        (120, {"crops": [ROOT / "preprocess.py", args.photos, "--partition", args.partition, "--dataroot", data]}),
+        (120, {"tests": ["-m", "pytest", "-q", "-n", "2", ROOT / "tests" / "test_step.py", "-k", "cuda_graph"]}),
+        (60, best("train_best", 4)),
+        (240, best("train_best_0", 56, "--seed", 0) | best("train_best_1", 56, "--seed", 1)),
+        (60, {f"measure_best_{seed}_generator": measure(f"best_{seed}") for seed in seeds}),
+        (300, best("train_best_long", 480) | best("train_best_128", 480, "--image-size", 128)),
+        (60, {f"measure_best_{name}_generator": measure(f"best_{name}", size) for name, size in LONG.items()}),
+        (60, {"train_report": train("train_report", "--epochs", 10)}),
+        (60, {"train_128": train("train_128", "--image-size", 128, "--epochs", 8)}),
+        (300, {"end_to_end": [*end_to_end, "--steps", 200, "--fid-images", 2000, "--json", out / "end_to_end.json"]}),
+        (60, {"train_plain_bits": train("train_plain_bits", *bits)}),
+        (60, {"train_nccl_bits": train("train_nccl_bits", *bits, launcher=TORCHRUN)}),
+        (60, {"train_nccl": train("train_nccl", "--epochs", 10, launcher=TORCHRUN)}),
+        (150, {"train_compiled": train("train_compiled", "--epochs", 10, "--compile")}),
+        (90, {f"train_report_{seed}": train(f"train_report_{seed}", "--epochs", 56, "--seed", seed) for seed in seeds}),
+        (60, {f"measure_report_{seed}_generator": measure(f"report_{seed}") for seed in seeds}),
+        (60, {f"measure_report_{seed}_generator_raw": measure(f"report_{seed}", 64, RAW) for seed in seeds}),
+        (150, best("train_compiled_best", 4, "--compile")),
+    ]
 
 
 def results(name: str, out: Path) -> dict:
@@ -75,20 +84,25 @@ def results(name: str, out: Path) -> dict:
     return found | (json.loads(path.read_text()) if path.exists() else {})
 
 
-def run_step(name: str, limit: int, arguments: list, out: Path) -> None:
-    """Run one step and append its row to summary.jsonl."""
-    start = time.perf_counter()
-    shutil.rmtree(out / name, ignore_errors=True)
-    with (out / f"{name}.log").open("w") as log:
-        try:
+def run_side_by_side(limit: int, commands: dict[str, list], out: Path) -> None:
+    """Run the steps `commands` at the same time and append a row for each one to summary.jsonl."""
+    start, processes = time.perf_counter(), {}
+    for name, arguments in commands.items():
+        shutil.rmtree(out / name, ignore_errors=True)
+        with (out / f"{name}.log").open("w") as log:
             command = [sys.executable, *map(str, arguments)]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+            processes[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    for name, process in processes.items():
+        try:
+            code = process.wait(max(0.0, start + limit - time.perf_counter()))
         except subprocess.TimeoutExpired:
+            process.terminate()  # train.py writes a checkpoint and stops
+            process.wait()
             code = "too slow"
-    row = {"step": name, "seconds": round(time.perf_counter() - start, 1), "exit": code} | results(name, out)
-    print(json.dumps(row), flush=True)
-    with (out / "summary.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        row = {"step": name, "seconds": round(time.perf_counter() - start, 1), "exit": code} | results(name, out)
+        print(json.dumps(row), flush=True)
+        with (out / "summary.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", nargs="+", metavar="STEP", help="names of the steps to run (default: all)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, (limit, arguments) in steps(args).items():
-        if not args.only or name in args.only:
-            run_step(name, limit, arguments, args.out)
+    for limit, commands in steps(args):
+        chosen = {name: arguments for name, arguments in commands.items() if not args.only or name in args.only}
+        run_side_by_side(limit, chosen, args.out)
 
 
 if __name__ == "__main__":
