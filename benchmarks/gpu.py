@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,8 +21,6 @@ from support.cli import HelpFormatter, run
 from support.training_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW = "generator_raw"
-LONG = {"long": 64, "128": 128}  # image sizes of the longest trainings
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--"]
 
 
@@ -36,9 +35,8 @@ def steps(args: argparse.Namespace) -> list[tuple[int, dict[str, list]]]:
     def train(name: str, *flags, launcher=()) -> list:
         return [*launcher, ROOT / "train.py", "--dataroot", data, "--outdir", out / name, *flags]
 
-    def measure(name: str, size: int = 64, weights: str = "generator") -> list:
-        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768]
-        flags += ["--real", data / str(size) / "test", "--overwrite"]
+    def measure(name: str, weights: str = "generator") -> list:
+        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--overwrite"]
         params, result = out / f"train_{name}" / f"{weights}.params", out / f"measure_{name}_{weights}.json"
         return [ROOT / "evaluate.py", "--params", params, "--dataroot", data, "--json", result, *flags]
 
@@ -56,7 +54,7 @@ def steps(args: argparse.Namespace) -> list[tuple[int, dict[str, list]]]:
         (240, best("train_best_0", 56, "--seed", 0) | best("train_best_1", 56, "--seed", 1)),
         (60, {f"measure_best_{seed}_generator": measure(f"best_{seed}") for seed in seeds}),
         (300, best("train_best_long", 480) | best("train_best_128", 480, "--image-size", 128)),
-        (60, {f"measure_best_{name}_generator": measure(f"best_{name}", size) for name, size in LONG.items()}),
+        (60, {f"measure_best_{name}_generator": measure(f"best_{name}") for name in ("long", "128")}),
         (60, {"train_report": train("train_report", "--epochs", 10)}),
         (60, {"train_128": train("train_128", "--image-size", 128, "--epochs", 8)}),
         (300, {"end_to_end": [*end_to_end, "--steps", 200, "--fid-images", 2000, "--json", out / "end_to_end.json"]}),
@@ -66,7 +64,7 @@ def steps(args: argparse.Namespace) -> list[tuple[int, dict[str, list]]]:
         (150, {"train_compiled": train("train_compiled", "--epochs", 10, "--compile")}),
         (90, {f"train_report_{seed}": train(f"train_report_{seed}", "--epochs", 56, "--seed", seed) for seed in seeds}),
         (60, {f"measure_report_{seed}_generator": measure(f"report_{seed}") for seed in seeds}),
-        (60, {f"measure_report_{seed}_generator_raw": measure(f"report_{seed}", 64, RAW) for seed in seeds}),
+        (60, {f"measure_report_{seed}_generator_raw": measure(f"report_{seed}", "generator_raw") for seed in seeds}),
         (150, best("train_compiled_best", 4, "--compile")),
     ]
 
@@ -84,25 +82,20 @@ def results(name: str, out: Path) -> dict:
     return found | (json.loads(path.read_text()) if path.exists() else {})
 
 
-def run_side_by_side(limit: int, commands: dict[str, list], out: Path) -> None:
-    """Run the steps `commands` at the same time and append a row for each one to summary.jsonl."""
-    start, processes = time.perf_counter(), {}
-    for name, arguments in commands.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        with (out / f"{name}.log").open("w") as log:
-            command = [sys.executable, *map(str, arguments)]
-            processes[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    for name, process in processes.items():
+def run_step(name: str, limit: int, arguments: list, out: Path) -> None:
+    """Run one step and append its row to summary.jsonl."""
+    start = time.perf_counter()
+    shutil.rmtree(out / name, ignore_errors=True)
+    with (out / f"{name}.log").open("w") as log:
         try:
-            code = process.wait(max(0.0, start + limit - time.perf_counter()))
+            command = [sys.executable, *map(str, arguments)]
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            process.terminate()  # train.py writes a checkpoint and stops
-            process.wait()
             code = "too slow"
-        row = {"step": name, "seconds": round(time.perf_counter() - start, 1), "exit": code} | results(name, out)
-        print(json.dumps(row), flush=True)
-        with (out / "summary.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    row = {"step": name, "seconds": round(time.perf_counter() - start, 1), "exit": code} | results(name, out)
+    print(json.dumps(row), flush=True)
+    with (out / "summary.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,8 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for limit, commands in steps(args):
-        chosen = {name: arguments for name, arguments in commands.items() if not args.only or name in args.only}
-        run_side_by_side(limit, chosen, args.out)
+        names = [name for name in commands if not args.only or name in args.only]
+        with ThreadPoolExecutor() as pool:
+            rows = [pool.submit(run_step, name, limit, commands[name], args.out) for name in names]
+        for row in rows:
+            row.result()  # raises what went wrong in run_step()
 
 
 if __name__ == "__main__":
