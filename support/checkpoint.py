@@ -28,7 +28,7 @@ from support.weights import load_tensors, nested_tensors, save_tensors
 
 # A resumed training is the same training only if these are the same.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
-FIXED += ("precision", "seed", "data_sha256")
+FIXED += ("colour_weight", "precision", "seed", "data_sha256")
 # All processes of a training take the same steps only if these are the same too.
 SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
 
@@ -41,6 +41,8 @@ def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None
     _, world_size = distributed.rank_and_world_size()
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world_size} processes evenly")
+    if args.colour_weight and args.batch_size < 2 * world_size:
+        raise UserError(f"--colour-weight needs a --batch-size of {2 * world_size} or more: two images a process")
 
 
 def save_params(state: TrainState, outdir: Path) -> None:

@@ -2,6 +2,7 @@
 
     measure_colour(images)                          # float64 (N,4), a row an image, in the order of NAMES
     compare_colour(real, fake)                      # {"contrast": {"real": 60.9, "fake": 49.2, "ratio": 0.81}, ...}
+    errG = errG + 10 * colour_loss(real, fake)      # a loss of G
 """
 
 import torch
@@ -27,3 +28,28 @@ def compare_colour(real: list[float], fake: list[float]) -> dict[str, dict]:
     """The means over real and over generated images, and their ratio; None where the real images have none."""
     sides = zip(NAMES, map(float, real), map(float, fake))
     return {name: {"real": a, "fake": b, "ratio": b / a if a else None} for name, a, b in sides}
+
+
+def colour_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Squared distance () between the mean colour_moments() of real and of generated images (N,3,S,S); differentiable.
+
+    This is feature matching (Salimans et al., "Improved Techniques for Training GANs", 2016, section 3.1) with features
+    of the pixels. Each half of the fakes gives a distance of its own, and their product is the estimate: the square of
+    one distance would include the variance of a small batch's mean, and G would make all faces of one brightness.
+    """
+    target = colour_moments(real).mean(0)
+    first, second = (target - colour_moments(half).mean(0) for half in fake.chunk(2))
+    return (first * second).sum()
+
+
+def colour_moments(images: torch.Tensor) -> torch.Tensor:
+    """Thirteen numbers (N,13) for each of `images` (N,3,S,S) in [-1,1]; differentiable.
+
+    For each channel the mean, the standard deviation, and ten times the mean excess over 0.9 and below -0.9. For all
+    channels together the saturation: the mean of the largest minus the smallest channel.
+    """
+    channels = images.flatten(2)
+    deviation = (channels.var(2) + 1e-4).sqrt()  # without the 1e-4, a flat image would have an infinite gradient
+    light, dark = (10 * (sign * channels - 0.9).relu().mean(2) for sign in (1, -1))
+    saturation = (channels.amax(1) - channels.amin(1)).mean(1, keepdim=True)
+    return torch.cat([channels.mean(2), deviation, light, dark, saturation], 1)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+COLOR_PROBABILITY = 0.3  # if all images had other colors, D would not see how contrast and saturation should be
 AUGMENTATION = 1  # stream of step_generator(); the latents use stream 0
 
 
@@ -29,8 +30,12 @@ def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
 
 
 def step_augmentations(seed: int, step: int, n: int) -> torch.Tensor:
-    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1).
+    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1), or 0.5 where colors stay the same.
 
     The first of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
     """
-    return torch.rand(3, n, 5, generator=step_generator(seed, step, AUGMENTATION))
+    generator = step_generator(seed, step, AUGMENTATION)
+    u = torch.rand(3, n, 5, generator=generator)
+    unchanged = torch.rand(3, n, generator=generator) >= COLOR_PROBABILITY
+    u[unchanged, :3] = 0.5
+    return u

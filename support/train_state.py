@@ -18,7 +18,10 @@ from support.outdir import name_last_checkpoint
 
 @dataclass
 class TrainState:
-    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row."""
+    """All that a training step changes, and the weight of its colour_loss().
+
+    `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row.
+    """
 
     netG: nn.Module
     netD: nn.Module
@@ -26,6 +29,7 @@ class TrainState:
     optG: torch.optim.Optimizer
     optD: torch.optim.Optimizer
     totals: torch.Tensor
+    colour_weight: float
     step: int = 0
 
     def parts(self) -> dict:

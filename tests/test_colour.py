@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support.colour import compare_colour, measure_colour
+from support.colour import colour_loss, colour_moments, compare_colour, measure_colour
 
 
 def picture(left, right):
@@ -27,6 +27,35 @@ def test_colour_of_two_tones(left, right, expected):
     measured = measure_colour(picture(left, right))
     assert measured.shape == (1, 4) and measured.dtype == torch.float64
     assert measured[0].tolist() == pytest.approx(expected, abs=1e-2)
+
+
+def test_colour_moments_by_hand():
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 0, :2], image[0, 1, :1] = 0.95, -0.98  # red in the upper half, no green in the upper quarter
+    red, green = (16 / 15 * 0.25 * 0.95**2) ** 0.5, (16 / 15 * 3 / 16 * 0.98**2) ** 0.5
+    saturation = 0.25 * (0.95 + 0.98) + 0.25 * 0.95
+    expected = [0.475, -0.245, 0, red, green, 0.01, 0.25, 0, 0, 0, 0.2, 0, saturation]
+    assert colour_moments(image)[0].tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_colour_loss_by_hand():
+    """Grey against red, both flat: the mean of red and the saturation are 0.5 apart, and no gradient is infinite."""
+    real, fake = torch.zeros(4, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    fake[:, 0] = 0.5
+    fake.requires_grad_()
+    loss = colour_loss(real, fake)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5**2 + 0.5**2)
+    assert fake.grad.isfinite().all() and (fake.grad[:, 0] > 0).all()
+    assert colour_loss(fake, fake).item() == 0
+
+
+def test_colour_loss_does_not_make_images_alike():
+    """Of fakes with the means of the real images, the varied ones cost no more than the equal ones on average."""
+    shades = torch.linspace(-0.5, 0.5, 1000)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    varied = shades[:, None, None, None].expand(-1, 3, 8, 8)
+    losses = torch.stack([colour_loss(varied, batch) for batch in varied.split(4)])
+    assert abs(losses.mean()) < 0.03 and losses.max() > 0.1
 
 
 def test_ratios():

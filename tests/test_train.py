@@ -20,7 +20,7 @@ from support.training_log import FIELDS, log_row, save_summary
 def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", "batch_size", "augment", "group_norm", "ema"}
+    assert changed == {"recipe", "batch_size", "augment", "group_norm", "colour_weight", "ema"}
     explicit = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert explicit.batch_size == 64 and explicit.augment and explicit.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
