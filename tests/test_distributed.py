@@ -24,6 +24,8 @@ from PIL import Image
 import network
 import train
 from dataloader import DataGenerater
+from support import distributed
+from support.checkpoint import refuse_unequal_ranks
 from support.distributed import first_rank_writes, from_first_rank, joined_ranks, once_per_machine
 from support.files import UserError
 from support.statistics import load_statistics
@@ -124,3 +126,15 @@ def test_one_process_is_first_everywhere():
     assert from_first_rank(lambda: calls) == once_per_machine(lambda: calls) == ["written"]
     with pytest.raises(ZeroDivisionError):
         first_rank_writes(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("size, weight, words", [(10, 0, "evenly"), (4, 10, "two images a process")])
+def test_batches_that_four_processes_cannot_share(monkeypatch, size, weight, words):
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 4))
+    monkeypatch.setattr(distributed, "refuse_differences", lambda *_: None)
+    args = train.parse_args(["--batch-size", str(size), "--colour-weight", str(weight)])
+    args.data_sha256 = ""
+    with pytest.raises(UserError, match=words):
+        refuse_unequal_ranks(args, torch.device("cpu"))
+    args.batch_size = 8
+    refuse_unequal_ranks(args, torch.device("cpu"))
