@@ -1,4 +1,4 @@
-"""The one place that opens an image: formats, limits, orientation and color modes. Imports no torch.
+"""The one place that opens an image: formats, limits, orientation and colour modes. Imports no torch.
 
     image = open_photo(Path("img_align_celeba.zip"), photos[0])      # of support/sources.py; not decoded yet
     image = read_rgb(Path("data/64/train/000001.png"))               # upright, 8-bit RGB

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-COLOR_PROBABILITY = 0.3  # if all images had other colors, D would not see how contrast and saturation should be
 AUGMENTATION = 1  # stream of step_generator(); the latents use stream 0
+COLOUR_PROBABILITY = 0.3  # if it were 1, D would never see how bright, saturated and contrasting real images are
 
 
 def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
@@ -30,12 +30,13 @@ def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
 
 
 def step_augmentations(seed: int, step: int, n: int) -> torch.Tensor:
-    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1), or 0.5 where colors stay the same.
+    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1).
 
-    The first of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
+    Those of the colours are 0.5, which changes nothing, for all images but a share of COLOUR_PROBABILITY. The first
+    of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
     """
     generator = step_generator(seed, step, AUGMENTATION)
     u = torch.rand(3, n, 5, generator=generator)
-    unchanged = torch.rand(3, n, generator=generator) >= COLOR_PROBABILITY
+    unchanged = torch.rand(3, n, generator=generator) >= COLOUR_PROBABILITY
     u[unchanged, :3] = 0.5
     return u

@@ -30,10 +30,10 @@ def test_augment_has_the_correct_gradient():
     assert torch.autograd.gradcheck(lambda images: augment(images, u), images)
 
 
-def test_three_images_in_ten_get_other_colors_and_all_are_shifted():
+def test_three_images_in_ten_get_other_colours_and_all_are_shifted():
     u = torch.cat([step_augmentations(0, step, 100) for step in range(20)])
-    colors, shifts = u[..., :3], u[..., 3:]
-    changed = (colors != 0.5).any(-1)
-    assert 0.28 < changed.float().mean() < 0.32 and (colors[~changed] == 0.5).all()
-    assert abs(colors[changed].mean() - 0.5) < 0.02 and (colors[changed] != 0.5).all()
+    colours, shifts = u[..., :3], u[..., 3:]
+    changed = (colours != 0.5).any(-1)
+    assert 0.28 < changed.float().mean() < 0.32 and (colours[~changed] == 0.5).all()
+    assert abs(colours[changed].mean() - 0.5) < 0.02 and (colours[changed] != 0.5).all()
     assert abs(shifts.mean() - 0.5) < 0.01 and (shifts != 0.5).all()

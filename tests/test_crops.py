@@ -1,4 +1,4 @@
-"""The crops of preprocess.py: the square, the resize, orientation, color modes and sizes."""
+"""The crops of preprocess.py: the square, the resize, orientation, colour modes and sizes."""
 
 import numpy as np
 import pytest
