@@ -12,7 +12,7 @@ import train
 from support.files import UserError
 
 
-@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--colour-weight", "10"]])
+@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--colour-weight", "3"]])
 def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
     run_training(dataroot, tmp_path / "whole", "--epochs", 2, *flags)
     run_training(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
