@@ -42,7 +42,10 @@ def colour_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (N,M) between the rows of `x` (N,D) and of `y` (M,D). At 0 the gradient is 0."""
+    """Euclidean distances (N,M) between the rows of `x` (N,D) and of `y` (M,D). At 0 the gradient is 0.
+
+    torch.cdist has no gradient on MPS in older versions of PyTorch.
+    """
     return torch.linalg.vector_norm(x[:, None] - y, dim=2)
 
 
