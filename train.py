@@ -155,7 +155,7 @@ def update_networks(
 ) -> None:
     """One step of D and one of G, as in the DCGAN paper. `real` (N,3,S,S) is in [-1,1], `z` (N,nz,1,1) from N(0,1).
 
-    `u` (3,N,5) holds the parameters of augment() for real images, for fakes in D's step and for fakes in G's step. The
+    `u` (3,N,6) holds the parameters of augment() for real images, for fakes in D's step and for fakes in G's step. The
     losses are nn.BCELoss of D's probabilities, computed from logits so that no gradient rounds to 0. colour_loss()
     tells G what D with GroupNorm cannot see: D(c x) = D(x) for all c > 0.
     """

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 AUGMENTATION = 1  # stream of step_generator(); the latents use stream 0
-COLOUR_PROBABILITY = 0.3  # if it were 1, D would never see how bright, saturated and contrasting real images are
 
 
 def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
@@ -30,13 +29,8 @@ def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
 
 
 def step_augmentations(seed: int, step: int, n: int) -> torch.Tensor:
-    """The parameters (3,n,5) of augment() in training step `step`, uniform in [0,1).
+    """The parameters (3,n,6) of augment() in training step `step`, uniform in [0,1).
 
-    Those of the colours are 0.5, which changes nothing, for all images but a share of COLOUR_PROBABILITY. The first
-    of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
+    The first of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
     """
-    generator = step_generator(seed, step, AUGMENTATION)
-    u = torch.rand(3, n, 5, generator=generator)
-    unchanged = torch.rand(3, n, generator=generator) >= COLOUR_PROBABILITY
-    u[unchanged, :3] = 0.5
-    return u
+    return torch.rand(3, n, 6, generator=step_generator(seed, step, AUGMENTATION))
