@@ -85,7 +85,8 @@ def results(name: str, out: Path) -> dict:
 def run_step(name: str, limit: int, arguments: list, out: Path) -> None:
     """Run one step and append its row to summary.jsonl."""
     start = time.perf_counter()
-    shutil.rmtree(out / name, ignore_errors=True)
+    shutil.rmtree(out / name, ignore_errors=True)  # or results() would report an older run
+    (out / f"{name}.json").unlink(missing_ok=True)
     with (out / f"{name}.log").open("w") as log:
         try:
             command = [sys.executable, *map(str, arguments)]
