@@ -3,7 +3,7 @@
     python train.py                              # the report: DCGAN at 64x64, BCE, Adam 2e-4/0.5, batch 128, 5 epochs
     python train.py --recipe best                # better faces from as many images
     python train.py --image-size 128             # the same at 128x128
-    python train.py --resume                     # goes on from the last checkpoint, with the same result bit for bit
+    python train.py --resume                     # continues from the last checkpoint; on a CPU, bit for bit
     python train.py --demo                       # no data needed: trains on drawn faces, three minutes on two cores
     torchrun --nproc-per-node 4 train.py         # four GPUs; --batch-size is the total
 

@@ -21,6 +21,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from PIL import Image
 from speed_stages import measure_generation, measure_input, measure_preprocess, measure_start
 from speed_training import measure_growth, measure_training
 
@@ -51,6 +52,12 @@ UNITS = {"images_per_sec": "img/s", "photos_per_sec": "photos/s", "sec": "s", "g
 COLUMNS = ("stage", "settings", "ours", "reference", "ours / reference", "goal", "limit", "ours / limit")
 
 
+def is_full_size(archive: zipfile.ZipFile, name: str) -> bool:
+    """Whether a photo gives a crop of 128x128, as all of CelebA's do. Smaller ones would take less time."""
+    with archive.open(name) as file, Image.open(file) as photo:
+        return min(photo.size) >= 128
+
+
 def prepare_images(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     """Returns (photos, dataroot): JPEG files in the layout of ImageFolder, and the crops that preprocess.py makes."""
     photos = folder / "photos" / "faces"
@@ -60,13 +67,13 @@ def prepare_images(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
             draw_face(0, i).save(photos / f"{i:06d}.jpg", quality=92)
     else:
         with zipfile.ZipFile(args.photos) as archive:
-            members = [name for name in archive.namelist() if name.endswith(".jpg")]
-            for name in members[:: max(1, len(members) // args.count)][: args.count]:
+            names = [name for name in archive.namelist() if name.endswith(".jpg") and is_full_size(archive, name)]
+            for name in names[:: max(1, len(names) // args.count)][: args.count]:
                 (photos / Path(name).name).write_bytes(archive.read(name))
     dataroot = args.dataroot
     if dataroot is None:
         dataroot = folder / "data"
-        preprocess.main([str(folder / "photos"), "--dataroot", str(dataroot), "--allow-upscale"])
+        preprocess.main([str(folder / "photos"), "--dataroot", str(dataroot)])
     return folder / "photos", dataroot
 
 

@@ -92,8 +92,7 @@ def measure_preprocess(args: argparse.Namespace, photos: Path, dataroot: Path) -
         jobs, loop = [(path, size) for path in files for size in (64, 128)], partial(pil_loop, folder / "reference")
 
         def ours():
-            flags = ["--dataroot", str(folder / str(next(runs))), "--allow-upscale"]
-            preprocess.main([str(photos), *flags])
+            preprocess.main([str(photos), "--dataroot", str(folder / str(next(runs)))])
 
         medians = medians_in_turn(
             args.rounds,
@@ -101,7 +100,7 @@ def measure_preprocess(args: argparse.Namespace, photos: Path, dataroot: Path) -
             reference_photos_per_sec=partial(rate, lambda: list(pool.map(loop, jobs, chunksize=16))),
             limit_photos_per_sec=partial(rate, lambda: list(pool.map(decode, files, chunksize=16))),
         )
-    result = {"stage": "preprocessing to 64 and 128", "photos": len(files), **medians, "goal": "ratio >= 1.5"}
+    result = {"stage": "preprocessing to 64 and 128", "photos": len(files), **medians, "goal": "ratio >= 4"}
     result["note"] = "The reference is a PIL loop on all cores that opens each photo once per size. "
     result["note"] += "The limit is decoding only."
     return [result]
