@@ -13,7 +13,8 @@ def augment(images: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     """Images (N,3,S,S) in [-1,1], each shifted by up to S/8, some in other colours; differentiable.
 
     The columns of `u` (N,6), uniform in [0,1), set brightness, saturation, contrast, the shifts down and right, and
-    which images keep their colours. Grey pixels fill the border. With `u` None the images stay unchanged.
+    which images keep their colours. What a shift uncovers repeats the pixels of the edge. The paper fills it with grey,
+    next to which D does not notice wrong pixels at the edge of a fake. With `u` None the images stay unchanged.
     """
     if u is None:
         return images
@@ -28,6 +29,6 @@ def augment(images: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     size, largest = images.shape[-1], images.shape[-1] // 8
     shift = (u[:, 3:5] * (2 * largest + 1)).long()
     rows, columns = (shift.T[:, :, None] + torch.arange(size, device=u.device)).unbind()
-    padded = torch.nn.functional.pad(images, [largest] * 4).permute(0, 2, 3, 1)
+    padded = torch.nn.functional.pad(images, [largest] * 4, mode="replicate").permute(0, 2, 3, 1)
     index = torch.arange(len(images), device=u.device)[:, None, None]
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -11,12 +11,12 @@ def test_augment_by_hand():
     same = torch.full((6,), 0.5)
     same[5] = 0.0  # not among the images that keep their colours
     down = same.clone()
-    down[3] = 0.0  # two pixels, an eighth of the height; the rows that enter at the top are grey
+    down[3] = 0.0  # two pixels, an eighth of the height; the rows that enter at the top repeat the first one
     bright = same.clone()
     bright[0] = 0.75
     out = augment(images, torch.stack([same, down, bright]))
     assert (out[0] - images[0]).abs().max() < 1e-6
-    assert (out[1, :, 2:] - images[1, :, :14]).abs().max() < 1e-6 and (out[1, :, :2] == 0).all()
+    assert (out[1, :, 2:] - images[1, :, :14]).abs().max() < 1e-6 and (out[1, :, :2] == out[1, :, 2:3]).all()
     assert (out[2] - images[2] - 0.25).abs().max() < 1e-6
     grey = augment(images, torch.tensor([[0.5, 0.0, 0.5, 0.5, 0.5, 0.0]] * 3))
     assert (grey - images.mean(1, keepdim=True)).abs().max() < 1e-6
