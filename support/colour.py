@@ -31,7 +31,7 @@ def compare_colour(real: list[float], fake: list[float]) -> dict[str, dict]:
 
 
 def colour_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Energy distance () of the colour_moments() of real and of generated images (N,3,S,S), N >= 2; differentiable.
+    """Energy distance of the colour_moments() of real and of generated images (N,3,S,S), N >= 2; differentiable.
 
     It is twice the mean distance between a real and a generated image, less the mean distance between two real and that
     between two generated images (Szekely and Rizzo, "Energy statistics", 2013). So it compares how colours vary, too.
