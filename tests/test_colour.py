@@ -34,12 +34,17 @@ def test_colour_moments_by_hand():
     image[0, 0, :2], image[0, 1, :1] = 0.95, -0.98  # red in the upper half, no green in the upper quarter
     red, green = (16 / 15 * 0.25 * 0.95**2) ** 0.5, (16 / 15 * 3 / 16 * 0.98**2) ** 0.5
     saturation = 0.25 * (0.95 + 0.98) + 0.25 * 0.95
-    expected = [0.475, -0.245, 0, red, green, 0.01, 0.75, 0, 0, 0, 0.6, 0, saturation, 0]
+    thumbnail = [0.95 / 4] * 8 + [0] * 8 + [-0.98 / 4] * 4 + [0] * 12 + [0] * 16
+    expected = [*thumbnail, red, green, 0.01, 0.75, 0, 0, 0, 0.6, 0, saturation, 0]
     assert colour_moments(image)[0].tolist() == pytest.approx(expected, abs=2e-4)
 
     image = torch.zeros(1, 3, 4, 4)
     image[0, 0, 1, 1] = 0.9  # it lies in four of the nine squares of 2x2 pixels
     assert colour_moments(image)[0, -1].item() == pytest.approx(30 * 4 / 9 * (0.6 + 0.3 + 0.3) / 3)
+
+    image = torch.zeros(1, 3, 8, 8)
+    image[0, 2, 0, 2:4] = 0.8  # in blue, half of the second of the 4x4 squares of 2x2 pixels
+    assert colour_moments(image)[0, :48].tolist() == pytest.approx([0] * 33 + [0.4 / 4] + [0] * 14)
 
 
 def test_colour_loss_by_hand():
