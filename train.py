@@ -4,7 +4,7 @@
     python train.py --recipe best                # better faces from as many images
     python train.py --image-size 128             # the same at 128x128
     python train.py --resume                     # continues from the last checkpoint; on a CPU, bit for bit
-    python train.py --demo                       # no data needed: trains on drawn faces, three minutes on two cores
+    python train.py --demo                       # no data needed: trains on drawn faces, in 3 to 8 minutes on two cores
     torchrun --nproc-per-node 4 train.py         # four GPUs; --batch-size is the total
 
 Writes generator.params (EMA weights, which draw the better faces), generator_raw.params (raw weights), checkpoint.pt,
@@ -29,7 +29,7 @@ SIZES = (16, 32, 64, 128, 256)
 WIDTHS = {256: 32}  # default --ngf and --ndf, where it is not 64: a step at 256x256 then fits in 16 GB of GPU memory
 BEST = {"batch_size": 16, "augment": True, "group_norm": True, "colour_weight": 3.0, "ema": 0.9998}
 RECIPES = {"report": {}, "best": BEST}
-# Three minutes on two CPU cores, and half a minute on a GPU, which takes more epochs in that time.
+# Takes three to eight minutes on two CPU cores. A GPU takes more epochs; half a minute is the goal, not measured.
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
 DEMO |= {"ngf": 32, "ndf": 32, "batch_size": 16, "group_norm": True, "augment": True, "ema": 0.998}
 DEMO_EPOCHS = {"cuda": 100}  # on all other devices 20
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="report", help=f"flag values to start from; best: {RECIPES['best']}")
-    add("--demo", action="store_true", help="train on drawn faces for three minutes, drawing them first if needed")
+    add("--demo", action="store_true", help="train on drawn faces, drawing them first if needed")
     add = parser.add_argument_group("data and output").add_argument
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
