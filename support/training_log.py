@@ -107,5 +107,6 @@ def next_commands(outdir: Path, dataroot: Path) -> str:
     """What to run after the training in `outdir`. The commands are quoted for a shell."""
     params, samples = outdir / "generator.params", outdir / "samples"
     draw = ["python", "generator.py", "--params", str(params), "--grid", "--interpolate"]
+    draw += ["--outdir", str(outdir / "faces")]  # faces/ may hold those of another generator
     measure = ["python", "evaluate.py", "--params", str(params), "--dataroot", str(dataroot)]
     return f"\ntrained: {params}; look at {samples}; next:\n  {shlex.join(draw)}\n  {shlex.join(measure)}"

@@ -255,4 +255,5 @@ def test_printed_commands_are_quoted(tmp_path):
     lines = next_commands(Path("my runs/64"), Path("o'data")).splitlines()[2:]
     draw, measure = map(shlex.split, lines)
     assert draw[:4] == ["python", "generator.py", "--params", str(Path("my runs/64/generator.params"))]
+    assert draw[-2:] == ["--outdir", str(Path("my runs/64/faces"))]
     assert measure[-2:] == ["--dataroot", "o'data"]
