@@ -97,14 +97,14 @@ import network_128
 import preprocess
 from dataloader import DataGenerater, make_loader, to_float, to_uint8
 from support import checkpoint, distributed
-from support.augment import augment
+from support.augment import augment, draw_augmentations
 from support.checkpoint import load_checkpoint, save_args, save_checkpoint, save_params
 from support.colour import colour_loss
 from support.cuda_graph import as_cuda_graph
 from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
-from support.seeding import latents, step_augmentations, step_latents
+from support.seeding import latents, step_latents
 from support.train_state import Setup, Throughput, TrainState
 from support.training_log import continue_log, log_row, measure_fid, next_commands, save_summary
 
@@ -130,11 +130,14 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
 
 
 def step_inputs(args: argparse.Namespace, step: int, batch: torch.Tensor) -> list[torch.Tensor]:
-    """What train_step() takes in training step `step`, on the CPU: batch, z, weight and, with --augment, u."""
+    """What train_step() takes in step `step`, on the CPU: batch, z, weight and, with --augment, augmentations."""
     rank, world_size = distributed.rank_and_world_size()
     z = step_latents(args.seed, step, args.batch_size, args.nz)[rank::world_size]
-    u = [step_augmentations(args.seed, step, args.batch_size)[:, rank::world_size]] if args.augment else []
-    return [batch, z, torch.tensor(ema_weight(step + 1, args.ema)), *u]
+    inputs = [batch, z, torch.tensor(ema_weight(step + 1, args.ema))]
+    if args.augment:
+        augmentations = draw_augmentations(args.seed, step, args.batch_size, args.image_size)
+        inputs.append(augmentations[:, rank::world_size])
+    return inputs
 
 
 def train_step(
@@ -144,30 +147,34 @@ def train_step(
 
     The batch holds indices (N,) into the training `images` on the device, or uint8 images (N,3,S,S) if that is None.
     """
-    batch, z, weight, *u = (x.to(state.totals.device, non_blocking=True) for x in inputs)
+    batch, z, weight, *augmentations = (x.to(state.totals.device, non_blocking=True) for x in inputs)
     real = to_float(batch if images is None else images[batch]).contiguous(memory_format=torch.channels_last)
-    update_networks(state, autocast, real, z, *u)
+    update_networks(state, autocast, real, z, *augmentations)
     update_ema(state.netG_ema, state.netG, weight)
 
 
 def update_networks(
-    state: TrainState, autocast: torch.autocast, real: torch.Tensor, z: torch.Tensor, u: torch.Tensor | None = None
+    state: TrainState,
+    autocast: torch.autocast,
+    real: torch.Tensor,
+    z: torch.Tensor,
+    augmentations: torch.Tensor | None = None,
 ) -> None:
     """One step of D and one of G, as in the DCGAN paper. `real` (N,3,S,S) is in [-1,1], `z` (N,nz,1,1) from N(0,1).
 
-    `u` (3,N,6) holds the parameters of augment() for real images, for fakes in D's step and for fakes in G's step. The
-    losses are nn.BCELoss of D's probabilities, computed from logits so that no gradient rounds to 0. colour_loss()
-    tells G what D with GroupNorm cannot see: D(c x) = D(x) for all c > 0.
+    `augmentations` (3,N,6) are the parameters of augment() for real images, for fakes in D's step and for fakes in G's
+    step. The losses are nn.BCELoss of D's probabilities, computed from logits so that no gradient rounds to 0.
+    colour_loss() tells G what D with GroupNorm cannot see: D(c x) = D(x) for all c > 0.
     """
     netG, netD, optG, optD = state.netG, state.netD, state.optG, state.optD
-    u_real, u_fake, u_fake_again = (None, None, None) if u is None else u
+    for_real, for_fake, for_fake_again = (None, None, None) if augmentations is None else augmentations
 
     # D: maximize log(D(x)) + log(1 - D(G(z)))
     optD.zero_grad()
     with autocast:
         fake = netG(z)
-        logits_real = netD(augment(real, u_real), logits=True)
-        logits_fake = netD(augment(fake.detach(), u_fake), logits=True)
+        logits_real = netD(augment(real, for_real), logits=True)
+        logits_fake = netD(augment(fake.detach(), for_fake), logits=True)
     ones, zeros = torch.ones_like(logits_real), torch.zeros_like(logits_real)
     errD_real = bce_with_logits(logits_real, ones)
     errD_fake = bce_with_logits(logits_fake, zeros)
@@ -180,7 +187,7 @@ def update_networks(
     optG.zero_grad()
     netD.requires_grad_(False)  # G needs the gradient through D, not the gradients of D's weights
     with autocast:
-        logits = netD(augment(fake, u_fake_again), logits=True)
+        logits = netD(augment(fake, for_fake_again), logits=True)
     errG = bce_with_logits(logits, ones)
     if state.colour_weight:
         errG = errG + state.colour_weight * colour_loss(real, fake.to(real.dtype))
@@ -251,7 +258,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     lock = open_outdir(args.outdir, args.resume) if first_rank else None
     if all(distributed.gather(fits_in_memory(len(dataset), args.image_size))):
         dataset.decode_all()
-    args.precision, args.data_sha256 = pick_precision(args.precision, device), dataset.sha256()
+    args.precision, args.images_sha256 = pick_precision(args.precision, device), dataset.sha256()
     checkpoint.refuse_unequal_ranks(args, device)
     set_up_training(args.deterministic)
     state, log, score, stop = make_state(args, device), None, None, 0
@@ -263,7 +270,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
             load_checkpoint(state, args)
         if first_rank:
             log = continue_log(args.outdir / "log.jsonl", state.step)
-            save_args(args, device, distributed.rank_and_world_size()[1])
+            save_args(args, device, distributed.rank_and_world_size()[1], state.step)
         if not args.resume:
             save_checkpoint(state, args, log)  # --resume works from here on
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")

@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import DataGenerater, make_loader, to_float
 from generator import load_generator, sample
 from network import Discriminator, Generator
-from support.augment import augment
+from support.augment import augment, draw_augmentations
 from support.cli import HelpFormatter, int_at_least, run
 from support.cores import count_cores
 from support.files import UserError, atomic_write
 from support.images import image_grid, save_image
 from support.outdir import CHECKPOINTS
-from support.seeding import step_augmentations, step_latents
+from support.seeding import step_latents
 from support.training_log import read_log
 from support.weights import load_tensors
 
@@ -117,7 +117,7 @@ def judge(outdir: Path, args: argparse.Namespace) -> dict[str, float]:
     def mean_logit(batches: Iterable[torch.Tensor]) -> float:
         scores = []
         for step, images in enumerate(islice(batches, max(1, JUDGED // flags.batch_size))):
-            u = step_augmentations(0, step, len(images))[0] if flags.augment else None
+            u = draw_augmentations(0, step, len(images), images.shape[-1])[0] if flags.augment else None
             scores.append(netD(augment(images, u), logits=True).mean())
         return torch.stack(scores).mean().item()
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-AUGMENTATION = 1  # stream of step_generator(); the latents use stream 0
-
 
 def latents(seeds: Iterable[int], nz: int = 100) -> torch.Tensor:
     """Latents (N,nz,1,1), float32, from N(0,1). Each seed has its own generator."""
@@ -26,11 +24,3 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 def step_latents(seed: int, step: int, n: int, nz: int = 100) -> torch.Tensor:
     """The latents (n,nz,1,1) of training step `step`, float32, from N(0,1)."""
     return torch.randn(n, nz, 1, 1, generator=step_generator(seed, step))
-
-
-def step_augmentations(seed: int, step: int, n: int) -> torch.Tensor:
-    """The parameters (3,n,6) of augment() in training step `step`, uniform in [0,1).
-
-    The first of the three is for real images, the second for fakes in D's step, the third for fakes in G's step.
-    """
-    return torch.rand(3, n, 6, generator=step_generator(seed, step, AUGMENTATION))

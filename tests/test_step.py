@@ -10,11 +10,11 @@ from torch import nn
 
 import train
 from dataloader import DataGenerater, make_loader, to_float
-from support.augment import augment
+from support.augment import augment, draw_augmentations
 from support.colour import colour_loss
 from support.cuda_graph import CudaGraph
 from support.ema import recalibrate_batchnorm
-from support.seeding import step_augmentations, step_latents
+from support.seeding import step_latents
 
 EAGER = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -45,7 +45,7 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags, monkeypatch):
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
         z = step_latents(0, step, 8, 8).double()
-        u = step_augmentations(0, step, 8).double() if flags else [None] * 3
+        u = draw_augmentations(0, step, 8, 64).double() if flags else [None] * 3
         inputs = (real.contiguous(memory_format=torch.channels_last), z, u)
         train.update_networks(state, EAGER, *inputs[: 3 if flags else 2])
 
