@@ -41,13 +41,10 @@ def prepare(
 
 
 def set_up_threads() -> None:
-    """Settings of the threads that torch starts later. Values that the user has set in the environment stay.
+    """Limit the threads that torch starts later to the cores of a container, which OpenMP does not know.
 
-    GNU's OpenMP lets idle threads wait in a loop before they sleep. By default, two programs on the same cores slow
-    each other down to a fifth, since waiting threads keep the working ones from the cores. 1,000 turns are enough for
-    the short pauses within a step. Of a limited number of cores (a container's), OpenMP would start more threads.
+    A value that the user has set in the environment stays.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if count_cores() < count_affinity():
         os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 

@@ -33,11 +33,10 @@ def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expec
 
 
 def test_threads_follow_a_limited_number_of_cores_and_the_user(monkeypatch):
-    users = {"OMP_NUM_THREADS": "5", "GOMP_SPINCOUNT": "7"}
-    for own, limited, threads in (({}, 2, "2"), ({}, 64, None), (users, 2, "5")):
+    for own, limited, threads in (({}, 2, "2"), ({}, 64, None), ({"OMP_NUM_THREADS": "5"}, 2, "5")):
         monkeypatch.setattr(os, "environ", dict(own))
         monkeypatch.setattr(startup, "count_affinity", lambda: 64)
         monkeypatch.setattr(startup, "count_cores", lambda limited=limited: limited)
         startup.set_up_threads()
-        assert os.environ.get("OMP_NUM_THREADS") == threads
-        assert os.environ["GOMP_SPINCOUNT"] == own.get("GOMP_SPINCOUNT", "1000")
+        # How long threads wait before they sleep is OpenMP's default: shorter waits cost up to a third of the speed.
+        assert os.environ == ({"OMP_NUM_THREADS": threads} if threads else {})
