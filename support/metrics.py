@@ -69,13 +69,18 @@ def fid_at_infinity(fake: torch.Tensor, mu: np.ndarray, sigma: np.ndarray, point
     return float(np.polyfit(1 / sizes, fids, 1)[1])
 
 
-def kernel_distance(fake: torch.Tensor, real: torch.Tensor, subsets: int = 100, size: int = 1000) -> tuple:
+def kernel_distance(
+    fake: torch.Tensor, real: torch.Tensor, subsets: int = 100, size: int = 1000
+) -> tuple[float, float | None]:
     """KID: (mean, standard deviation) over random subsets of the unbiased squared MMD with kernel (x.y/D + 1)^3.
 
     Binkowski et al., "Demystifying MMD GANs", 2018. The subsets are those of torch-fidelity, so both give the same
-    numbers. A set of fewer than `size` images is used whole.
+    numbers. A set of fewer than `size` images is used whole. Where both sets are, there is one subset, and no standard
+    deviation (None).
     """
     size = min(size, len(fake), len(real))
+    if size == len(fake) == len(real):
+        subsets = 1
     rng, distances = np.random.RandomState(2020), []
     for _ in range(subsets):
         x, y = (part[torch.from_numpy(rng.choice(len(part), size, replace=False))] for part in (fake, real))
@@ -83,7 +88,7 @@ def kernel_distance(fake: torch.Tensor, real: torch.Tensor, subsets: int = 100, 
         kxx, kyy, kxy = (((a @ b.T).double() / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()
         distances.append(float(within / (size * (size - 1)) - 2 * kxy.sum() / size**2))
-    return float(np.mean(distances)), float(np.std(distances))
+    return float(np.mean(distances)), float(np.std(distances)) if subsets > 1 else None
 
 
 def precision_and_recall(fake: torch.Tensor, real: torch.Tensor, k: int = 3) -> tuple[float, float]:
