@@ -27,7 +27,10 @@ def recalibrate_batchnorm(netG_ema: nn.Module, seed: int, step: int, batch_size:
     """Give the EMA weights BatchNorm statistics that fit them, from about 1,024 latents in batches of `batch_size`.
 
     G's statistics do not fit: averaged weights give activations of a smaller variance (Izmailov et al., "Averaging
-    Weights Leads to Wider Optima and Better Generalization", 2018, section 3.2).
+    Weights Leads to Wider Optima and Better Generalization", 2018, section 3.2). The batches have the size of those
+    that G was trained on. Larger ones would also count the variance between batches, up to 5 % more in the last
+    layers, but G never saw activations divided by that: batches of 16, 128 and 1,024 gave a generator that was trained
+    on batches of 16 a FID-768 of 0.196, 0.203 and 0.204 (n = 5,346), and 0.81, 0.77 and 0.77 of the real contrast.
     """
     steps = range(step, step + max(1, 1024 // batch_size))
     update_bn((step_latents(seed, i, batch_size, netG_ema.nz) for i in steps), netG_ema, device)
