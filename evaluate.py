@@ -13,6 +13,7 @@ recall, and the FID of real training images, which a perfect generator would rea
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 from support.cli import HelpFormatter, int_at_least, npz_path, run
 from support.file_kinds import holds_statistics, require_images_or_statistics, require_pytorch_file
 from support.files import OVERWRITE_HELP, UserError, check_outputs
-from support.folders import find_images, require_images
+from support.folders import find_images, require_images, walk_images
 from support.inception_choices import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, check_weights
 from support.outdir import PARAMS_REMEDY, TRAINED, default_params
 from support.startup import prepare
@@ -33,8 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fake, add = group.add_mutually_exclusive_group(), group.add_argument
     fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
     fake.add_argument("--images", type=Path, help="images to evaluate, a folder or an .npz of images or statistics")
-    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/test)")
+    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/<split>)")
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
+    add("--split", choices=("test", "valid"), default="test", help="real images: all of test, or --num of valid")
     add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
     add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
     add = parser.add_argument_group("measurement").add_argument
@@ -143,14 +145,19 @@ def load_extractor(args: argparse.Namespace, device: torch.device, image_size: i
 
 
 def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Callable[[Generator], float]:
-    """For a training: a function that measures a generator's FID against the test split.
+    """For a training: a function that measures a generator's FID against the valid split.
 
-    `flags` are those of this script. --num faces and as many real images are compared, 1,000 by default. Raises
-    UserError as main() does, before anything is trained.
+    `flags` are those of this script. --num faces and as many real images are compared, by default 1,000 and their 768
+    features: of more features, the covariance would be rank-deficient. The test split takes the place of a valid split
+    that has fewer images. Raises UserError as main() does, before anything is trained.
     """
-    args = parse_args(flags)
-    folder = args.real or args.dataroot / str(image_size) / "test"
-    num = min(args.num or 1000, len(open_images(folder)))
+    args = parse_args(["--dims", "768", "--split", "valid", *flags])
+    num = args.num or 1000
+    folder = args.real or choose_split(args.dataroot / str(image_size), args.split, num)
+    num = min(num, len(open_images(folder)))
+    if is_first_rank():
+        print(f"--eval-every measures the FID of {num:,} faces and {num:,} images of {folder}, {args.dims} features")
+        warn(num, num, args.dims)
     extractor = load_extractor(args, device, image_size)
     real = extractor.of_images(folder, num)
 
@@ -159,6 +166,18 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
         return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
 
     return score
+
+
+def choose_split(crops: Path, split: str, num: int) -> Path:
+    """The folder `split` of `crops`, or test, with a note, where `split` has fewer than `num` images."""
+    folder = crops / split
+    n = sum(1 for _ in walk_images(folder)) if folder.is_dir() else 0
+    if split == "test" or n >= num:
+        return folder
+    if is_first_rank():
+        print(f"note: {folder} holds {n:,} images, fewer than {num:,}: the FID is measured on {crops / 'test'}, so do "
+              "not choose by it what you report on it", file=sys.stderr)
+    return crops / "test"
 
 
 @dataclass
@@ -183,7 +202,7 @@ def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         resolution = statistics.load_statistics(args.images).get("resolution")
     else:
         resolution = open_images(args.images).image_size
-    real = args.real or args.dataroot / str(resolution) / "test"
+    real = args.real or args.dataroot / str(resolution) / args.split
     train = real.with_name("train")
     train = train if train.is_dir() and real.is_dir() and real.name != "train" else None
     if args.neighbours and not train:
@@ -199,7 +218,7 @@ def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> t
         extractor = Extractor(None, {}, 0, args.dataroot)
     else:
         extractor = load_extractor(args, device, inputs.resolution)
-    real, train = extractor.of_path(inputs.real), None
+    real, train = extractor.of_path(inputs.real, args.num if args.split == "valid" else None), None
     num = args.num or (real.get("n", 10_000) if inputs.netG else None)
     if args.infinity and (n := num or len(open_images(args.images))) < 2 * args.dims:
         raise UserError(f"--infinity needs {2 * args.dims:,} generated images at --dims {args.dims}, not {n:,}")

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -21,14 +20,14 @@ import PIL
 import torch
 
 from support import distributed
-from support.files import UserError, atomic_write, printable
+from support.files import UserError, atomic_write, git_commit, hash_file, printable
 from support.outdir import CHECKPOINTS
 from support.train_state import TrainState
 from support.weights import load_tensors, nested_tensors, save_tensors
 
 # A resumed training is the same training only if these are the same.
 FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
-FIXED += ("colour_weight", "precision", "seed", "data_sha256")
+FIXED += ("colour_weight", "precision", "seed", "images_sha256")
 # All processes of a training take the same steps only if these are the same too.
 SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
 
@@ -37,18 +36,27 @@ def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None
     """Raise UserError unless all processes have the same images and flags, and an equal share of each batch."""
     other_images = "the training images of {} and {} differ; copy the same crops to all machines"
     settings = {name: getattr(args, name) for name in SHARED} | {"device": device.type}
-    distributed.refuse_differences(settings, {"data_sha256": other_images})
+    distributed.refuse_differences(settings, {"images_sha256": other_images})
     _, world_size = distributed.rank_and_world_size()
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world_size} processes evenly")
     if args.colour_weight and args.batch_size < 2 * world_size:
         raise UserError(f"--colour-weight needs a --batch-size of {2 * world_size} or more: two images a process")
+    share = args.batch_size // world_size
+    if share < 8 and world_size > 1 and distributed.is_first_rank():
+        print(f"warning: each process normalises its own {share} images of a batch (BatchNorm), so that the result differs "
+              "from that of one process; raise --batch-size", file=sys.stderr)
 
 
 def save_params(state: TrainState, outdir: Path) -> None:
-    """Write the EMA weights to generator.params and the raw (non-EMA) weights to generator_raw.params."""
+    """Write the EMA weights to generator.params and the raw weights to generator_raw.params.
+
+    args.json gets the SHA-256 of both, so that a result of evaluate.py leads to its training.
+    """
     for net, name in ((state.netG_ema, "generator.params"), (state.netG, "generator_raw.params")):
         save_tensors(net.state_dict(), outdir / name)
+    digests = {name: hash_file(outdir / name) for name in ("generator.params", "generator_raw.params")}
+    write_args(read_args(outdir) | {"sha256": digests}, outdir)
 
 
 def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | None) -> None:
@@ -114,30 +122,41 @@ def read_checkpoint(outdir: Path) -> tuple[str, dict]:
 
 def refuse_other_settings(fixed: dict, args: argparse.Namespace) -> None:
     """Raise UserError when a setting of the checkpoint differs from that of this run."""
+    fixed = {"images_sha256": args.images_sha256} | fixed  # older checkpoints hold a hash of another definition
     for name in FIXED:
         if fixed[name] != getattr(args, name):
             message = f"--{name.replace('_', '-')} was {fixed[name]} in {args.outdir}, now {getattr(args, name)}"
-            if name == "data_sha256":
+            if name == "images_sha256":
                 message = f"the training images differ from those of {args.outdir}"
             raise UserError(f"--resume: {message}; use the same, or start again in another --outdir")
 
 
-def git_commit() -> str | None:
-    """The commit of this repository, with "-dirty" after local changes. None without git or outside a clone."""
-    here, command = Path(__file__).resolve().parent, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
+def save_args(args: argparse.Namespace, device: torch.device, world_size: int, step: int) -> None:
+    """Write args.json: flags, versions, device and data, all that the result depends on.
 
-
-def save_args(args: argparse.Namespace, device: torch.device, world_size: int) -> None:
-    """Write args.json: flags, versions, device and data, all that the result depends on."""
+    A training that goes on from `step` keeps what it began with, and adds what differs to the list "resumed".
+    """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     settings |= {"device_type": device.type, "device_name": device_name, "processes": world_size}
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
     settings |= {"python": platform.python_version(), "git_commit": git_commit(), "threads": torch.get_num_threads()}
-    with atomic_write(args.outdir / "args.json") as file:
+    first = read_args(args.outdir)
+    if first:
+        changes = {name: value for name, value in settings.items() if first.get(name) != value}
+        settings = first | {"resumed": [*first.get("resumed", []), {"step": step} | changes]}
+    write_args(settings, args.outdir)
+
+
+def read_args(outdir: Path) -> dict:
+    """The content of args.json, or {} where it is missing or damaged."""
+    try:
+        settings = json.loads((outdir / "args.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def write_args(settings: dict, outdir: Path) -> None:
+    with atomic_write(outdir / "args.json") as file:
         file.write(json.dumps(settings, indent=2).encode())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from support import metrics
 from support.colour import compare_colour
-from support.files import atomic_write
+from support.files import atomic_write, git_commit, hash_file
 from support.images import image_grid, save_image
 from support.statistics import choose
 
@@ -89,7 +89,8 @@ def report(result: dict) -> str:
     if "floor" in result:
         lines.append(name + " {floor:.4f} of {n_floor} real training images, which a perfect generator would reach")
     if "kid" in result:
-        lines.append("KID {kid:.6f}, standard deviation {kid_std:.6f} over subsets")
+        spread = ", standard deviation {kid_std:.6f} over subsets" if "kid_std" in known else ""
+        lines.append("KID {kid:.6f}" + spread)
         lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
     if "colour" in result:
         ratios = {name: values["ratio"] for name, values in result["colour"].items()}
@@ -107,7 +108,10 @@ def draw_neighbours(fakes: Tensor, features: Tensor, train_features: Tensor, tra
 
 
 def save_result(result: dict, args: argparse.Namespace) -> None:
-    """Write the result, versions and flags to the file --json. Raises UserError."""
+    """Write the result, versions, flags, commit and the SHA-256 of --params to the file --json. Raises UserError."""
+    result = result | {"git_commit": git_commit()}
+    if args.params:
+        result["params_sha256"] = hash_file(args.params)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     with atomic_write(args.json) as file:

@@ -6,12 +6,15 @@
 """
 
 import errno
+import hashlib
 import os
 import secrets
+import subprocess
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts
 OVERWRITE_HELP = "replace output files that exist"  # of --overwrite, which has one meaning in all scripts
 ADVICE = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
 
@@ -36,6 +39,27 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     problem = UserError(f"cannot write {printable(path)}: {error.strerror or error}; {advice}")
     problem.errno = error.errno
     return problem
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of this repository, with "-dirty" after local changes. None without git or outside a clone."""
+    if not (ROOT / ".git").exists():  # the scripts may lie in somebody else's repository
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ clean-fid (Parmar, Zhang, Zhu, "On Aliased Resizing and Surprising Subtleties in
 equal weights and equal resizes are comparable.
 """
 
-import hashlib
 import re
 from collections import OrderedDict
 from functools import lru_cache
@@ -26,7 +25,7 @@ from torchvision.models.inception import BasicConv2d, Inception3
 
 from support.devices import DTYPES
 from support.file_kinds import PYTORCH, describe
-from support.files import UserError
+from support.files import UserError, hash_file
 from support.inception_choices import CLASSES, DEFAULT_RESIZE, LAST_LAYER, MEGABYTES, URLS, check_weights
 from support.weights import add_counters, check_tensors, find_networks, load_tensors
 
@@ -83,7 +82,7 @@ def load_inception(
     """
     path, resize = Path(weights or find_weights(name)), resize or DEFAULT_RESIZE[name]
     check_weights(path)
-    digest = hash_file(path)
+    digest = hash_weights(path)
     layers = load_layers(name, dims, path)
     centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5
     features = Features(layers, resize, centre).to(device, DTYPES[precision], memory_format=torch.channels_last)
@@ -174,18 +173,15 @@ def find_weights(name: str) -> Path:
     return path
 
 
-def hash_file(path: Path) -> str:
+def hash_weights(path: Path) -> str:
     """SHA-256 (hex) of a weights file. Raises UserError when the file's name promises another one."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+        digest = hash_file(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); pass another to --weights") from None
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if named and not digest.hexdigest().startswith(named[1]):
+    if named and not digest.startswith(named[1]):
         kind = describe(path)
-        found = f"its SHA-256 begins {digest.hexdigest()[:8]}" if kind in ("", PYTORCH) else f"it is {kind}"
+        found = f"its SHA-256 begins {digest[:8]}" if kind in ("", PYTORCH) else f"it is {kind}"
         raise UserError(f"{path} is not what its name says: {found}; get it again, or pass another to --weights")
-    return digest.hexdigest()
+    return digest

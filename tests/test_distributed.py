@@ -133,8 +133,16 @@ def test_batches_that_four_processes_cannot_share(monkeypatch, size, weight, wor
     monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 4))
     monkeypatch.setattr(distributed, "refuse_differences", lambda *_: None)
     args = train.parse_args(["--batch-size", str(size), "--colour-weight", str(weight)])
-    args.data_sha256 = ""
+    args.images_sha256 = ""
     with pytest.raises(UserError, match=words):
         refuse_unequal_ranks(args, torch.device("cpu"))
-    args.batch_size = 8
+
+
+@pytest.mark.parametrize("size, warned", [(16, True), (28, True), (32, False)])
+def test_a_warning_for_batchnorm_in_small_shares_of_a_batch(monkeypatch, capsys, size, warned):
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 4))
+    monkeypatch.setattr(distributed, "refuse_differences", lambda *_: None)
+    args = train.parse_args(["--batch-size", str(size)])
+    args.images_sha256 = ""
     refuse_unequal_ranks(args, torch.device("cpu"))
+    assert ("BatchNorm" in capsys.readouterr().err) == warned

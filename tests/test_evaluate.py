@@ -1,6 +1,8 @@
 """The script evaluate.py: FID of images, generators and statistics files."""
 
+import hashlib
 import json
+import shutil
 import socket
 
 import numpy as np
@@ -10,7 +12,8 @@ from helpers import PROGRAMS
 from PIL import Image
 
 import network
-from support import statistics
+from evaluate import make_scorer
+from support import comparison, statistics
 from support.files import UserError
 
 
@@ -31,7 +34,7 @@ def test_folders_cache_json_and_statistics_files(run_evaluate, dataroot, tmp_pat
     assert last == f"Fréchet Inception Distance (FID): {result['fid']:.4f}" and result["fid"] > 0
     assert result["n_fake"] == len(list(train.iterdir())) and result["floor"] == pytest.approx(result["fid"])
     assert result["resize"] == "tf" and result["dtype"] == "fp32" and result["flags"]["dims"] == 64
-    assert {"kid", "kid_std", "precision", "recall", "n_floor", "versions"} <= result.keys()
+    assert {"kid", "precision", "recall", "n_floor", "versions"} <= result.keys()
     assert "fewer than the 64 dims" in out.err and "biases differ" in out.err
     assert "FID-64 " in out.out and "resize tf" in out.out and result["weights_sha256"][:16] in out.out
     monkeypatch.setattr(statistics, "measure", None)  # the cache replaces every second measurement
@@ -72,6 +75,39 @@ def test_a_generator_is_evaluated_without_files_of_faces(run_evaluate, generator
         batched = run_evaluate(*flags, "--batch-size", size).out
         assert abs(float(batched.split()[-1]) - float(out.split()[-1])) < 2e-3
     assert run_evaluate(*flags, "--seed", 1).out != out
+
+
+def test_the_valid_split_is_measured_with_as_many_images_as_faces(run_evaluate, generator, dataroot, tmp_path):
+    """The numbers that choose between trainings do not see the test images."""
+    shutil.copytree(dataroot / "64", tmp_path / "64", ignore=shutil.ignore_patterns("test"))
+    for path in sorted((tmp_path / "64" / "train").iterdir())[:9]:
+        path.rename(tmp_path / "64" / "valid" / path.name)
+    flags = ("--params", generator, "--dataroot", tmp_path, "--split", "valid", "--no-floor")
+    assert "64/valid: 7 real images" in run_evaluate(*flags, "--num", 7).out
+    assert "64/valid: 9 real images" in run_evaluate(*flags).out
+
+
+def test_a_training_is_measured_on_valid_where_it_has_enough_images(dataroot, tmp_path, weights, capsys):
+    for split, count in (("train", 9), ("valid", 6), ("test", 8)):
+        (tmp_path / "64" / split).mkdir(parents=True)
+        for path in sorted((dataroot / "64" / "train").iterdir())[:count]:
+            shutil.copy(path, tmp_path / "64" / split)
+    flags = ["--dataroot", str(tmp_path), "--inception", "tf2015", "--weights", str(weights)]
+    for num, split, is_note in ((6, "valid", False), (7, "test", True)):
+        make_scorer([*flags, "--num", str(num)], 64, torch.device("cpu"))
+        printed = capsys.readouterr()
+        assert f"{num} faces and {num} images of {tmp_path / '64' / split}, 768 features" in printed.out
+        assert ("note: " in printed.err) == is_note and "fewer than the 768 dims" in printed.err
+    make_scorer([*flags, "--num", "8", "--split", "test", "--dims", "64"], 64, torch.device("cpu"))
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_the_result_names_the_commit_and_the_parameters(run_evaluate, generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "git_commit", lambda: "0123abcd")
+    run_evaluate("--params", generator, "--num", 6, "--no-floor", "--json", tmp_path / "r.json")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["git_commit"] == "0123abcd"
+    assert result["params_sha256"] == hashlib.sha256(generator.read_bytes()).hexdigest()
 
 
 def test_repeats_infinity_and_neighbours(run_evaluate, generator, dataroot, tmp_path):

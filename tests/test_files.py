@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_training, assert_whole_pngs, run_python, run_training
 
+from support import files
 from support.files import UserError, atomic_write
 
 
@@ -24,6 +25,17 @@ def test_atomic_write_leaves_nothing_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "no" / "file"):
         pass
+
+
+def test_the_commit_is_not_that_of_a_repository_around_the_files(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert len(files.git_commit()) == 40
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr(files, "ROOT", tmp_path / "unpacked")
+    assert files.git_commit() is None
 
 
 def test_atomic_write_to_a_name_of_255_bytes(tmp_path):

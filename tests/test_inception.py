@@ -201,12 +201,12 @@ def test_a_pickle_is_never_executed(tmp_path):
 
 def test_a_download_is_hashed_and_a_failure_is_explained(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    digest = inception.hash_file(weights)
+    digest = inception.hash_weights(weights)
     served = tmp_path / f"inception-{digest[:8]}.pth"
     served.write_bytes(weights.read_bytes())
     monkeypatch.setitem(inception.URLS, "tf2015", served.as_uri())
     path = inception.find_weights("tf2015")
-    assert path.parent == tmp_path / "hub" / "checkpoints" and inception.hash_file(path) == digest
+    assert path.parent == tmp_path / "hub" / "checkpoints" and inception.hash_weights(path) == digest
     served.unlink()
     assert inception.find_weights("tf2015") == path  # from the cache, without a second download
     for name in ("missing-00000000.pth", "wrong-00000000.pth"):

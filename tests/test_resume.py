@@ -1,14 +1,19 @@
 """Trainings that are killed, stopped and resumed: the result equals that of an uninterrupted training."""
 
+import hashlib
+import json
 import shutil
 import signal
 import time
 
 import pytest
-from helpers import SMALL, assert_same_training, run_training, start, wait_for
+import torch
+from helpers import SMALL, assert_same_training, load, run_training, start, wait_for
 from kill_train import kill
+from PIL import Image
 
 import train
+from support import checkpoint
 from support.files import UserError
 
 
@@ -18,6 +23,43 @@ def test_resume_equals_no_interruption(dataroot, tmp_path, flags):
     run_training(dataroot, tmp_path / "parts", "--epochs", 1, *flags)
     run_training(dataroot, tmp_path / "parts", "--epochs", 2, "--resume", *flags)
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_args_json_keeps_what_a_training_began_with(dataroot, tmp_path, monkeypatch):
+    """And names the parameters. A resumed training adds what has changed: here the commit and the number of epochs."""
+    for commit, flags in (("first", ["--epochs", 1]), ("second", ["--epochs", 2, "--resume"])):
+        monkeypatch.setattr(checkpoint, "git_commit", lambda commit=commit: commit)
+        run_training(dataroot, tmp_path / "run", *flags)
+    metadata = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert metadata["git_commit"] == "first" and metadata["epochs"] == 1
+    [resumed] = metadata["resumed"]
+    assert resumed["git_commit"] == "second" and resumed["epochs"] == 2 and resumed["step"] == 5
+    for name in ("generator.params", "generator_raw.params"):
+        content = (tmp_path / "run" / name).read_bytes()
+        assert metadata["sha256"][name] == hashlib.sha256(content).hexdigest()
+
+
+def test_the_same_images_in_memory_and_from_files_are_recognised(dataroot, tmp_path, monkeypatch):
+    """Also as other PNGs. Other pixels under the same names are refused."""
+    run_training(dataroot, tmp_path / "run", "--epochs", 1)
+    monkeypatch.setattr(train, "fits_in_memory", lambda *_: False)
+    shutil.copytree(dataroot, tmp_path / "data")
+    for path in (tmp_path / "data" / "64" / "train").iterdir():
+        Image.open(path).save(path, compress_level=1)
+    flags = ["--workers", 0, "--resume", "--epochs"]
+    run_training(tmp_path / "data", tmp_path / "run", *flags, 2)
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match="the training images differ"):
+        run_training(tmp_path / "data", tmp_path / "run", *flags, 3)
+
+
+def test_a_checkpoint_with_another_hash_of_the_images_is_taken(dataroot, tmp_path, trained):
+    """Older versions called theirs data_sha256."""
+    shutil.copytree(trained, tmp_path / "run")
+    content = load(trained / "checkpoint.pt")
+    content["fixed"]["data_sha256"] = content["fixed"].pop("images_sha256")
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    run_training(dataroot, tmp_path / "run", "--epochs", 3, "--resume")
 
 
 @pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])

@@ -53,7 +53,7 @@ def test_outputs(trained):
         assert animation.n_frames == 2
     Image.open(trained / "losses.png").verify()
     metadata = json.loads((trained / "args.json").read_text())
-    assert metadata["seed"] == 0 and metadata["torch"] == torch.__version__ and len(metadata["data_sha256"]) == 64
+    assert metadata["seed"] == 0 and metadata["torch"] == torch.__version__ and len(metadata["images_sha256"]) == 64
     assert metadata.keys() >= {"python", "git_commit", "device_type", "device_name", "threads", "processes", "lr"}
 
 
