@@ -23,13 +23,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support.cores import count_cores
+from support.feature_stats import NpzImages, read_npz_images
 from support.file_kinds import holds_statistics
 from support.files import UserError, printable
-from support.folders import find_images, is_crop_folder
-from support.npz_images import NpzImages, read_npz_images
 from support.photos import read_rgb
-from support.workers import iterate_in_processes
+from support.sources import find_images, is_crop_folder
+from support.workers import count_cores, iterate_in_processes
 
 CHUNK = 128  # images that a decoding process hands over at a time
 SHOWN = 3  # files that a message names

@@ -18,13 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.cli import HelpFormatter, int_at_least, npz_path, run
+from support.cli import HelpFormatter, int_at_least, npz_path, prepare, run
 from support.file_kinds import holds_statistics, require_images_or_statistics, require_pytorch_file
-from support.files import OVERWRITE_HELP, UserError, check_outputs
-from support.folders import find_images, require_images, walk_images
+from support.files import OVERWRITE_HELP, PARAMS_REMEDY, TRAINED, UserError, check_outputs, default_params
 from support.inception_choices import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, check_weights
-from support.outdir import PARAMS_REMEDY, TRAINED, default_params
-from support.startup import prepare
+from support.sources import find_images, require_images, walk_images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,14 +79,14 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
-    prepare(parse_args, check_args)
+    prepare(parse_args)
 
 import torch
 
 from dataloader import open_images, read_batches
 from generator import choose_params, load_generator, sample
 from network import Generator
-from support import statistics
+from support import feature_stats
 from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
 from support.devices import with_float64
 from support.distributed import is_first_rank, joined_ranks, my_share, once_per_machine
@@ -100,7 +98,7 @@ from support.metrics import frechet_distance
 class Extractor:
     """Turns images into statistics of Inception features: n, mu (D,), sigma (D,D), features (n,D) and metadata.
 
-    `metadata` identifies the measurement, see support/statistics.py. `net` is None where all statistics are on disk.
+    `metadata` identifies the measurement, see support/feature_stats.py. `net` is None where all statistics are on disk.
     """
 
     net: torch.nn.Module | None
@@ -111,28 +109,28 @@ class Extractor:
     def of_generator(self, netG: Generator, seeds: range) -> dict:
         """Statistics of the faces of `seeds`, without writing them to disk."""
         faces = sample(netG, my_share(seeds), self.batch_size)
-        return self.metadata | statistics.measure(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+        return self.metadata | feature_stats.measure(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
 
     def of_images(self, folder: Path, num: int | None = None) -> dict:
         """Statistics of `num` images in `folder`, or of all. The cache keeps them until the images change."""
         dataset = open_images(folder)
         if num and num > len(dataset):
             raise UserError(f"--num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
-        statistics.refuse_mismatch({"resolution": dataset.image_size}, self.metadata, folder)
-        indices, split = statistics.choose(len(dataset), num), {"split": folder.name}
+        feature_stats.refuse_mismatch({"resolution": dataset.image_size}, self.metadata, folder)
+        indices, split = feature_stats.choose(len(dataset), num), {"split": folder.name}
         paths = [dataset.paths[i] for i in indices]
-        path = statistics.cache_path(self.cache, paths, dataset.root, self.metadata | split)
+        path = feature_stats.cache_path(self.cache, paths, dataset.root, self.metadata | split)
 
         def measure() -> dict:
             batches = read_batches(dataset, my_share(indices), self.batch_size)
-            return self.metadata | split | statistics.measure(self.net, batches, len(indices), str(folder))
+            return self.metadata | split | feature_stats.measure(self.net, batches, len(indices), str(folder))
 
-        return statistics.cached(path, measure)
+        return feature_stats.cached(path, measure)
 
     def of_path(self, path: Path, num: int | None = None) -> dict:
         """Statistics of a folder or an .npz file."""
         if holds_statistics(path):
-            return statistics.load_comparable(path, self.metadata)
+            return feature_stats.load_comparable(path, self.metadata)
         return self.of_images(path, num)
 
 
@@ -140,7 +138,7 @@ def load_extractor(args: argparse.Namespace, device: torch.device, image_size: i
     """The Extractor that the flags describe. One process on each machine downloads the weights."""
     weights = args.weights or once_per_machine(lambda: find_weights(args.inception))
     net, metadata = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
-    metadata |= {"version": statistics.VERSION} | ({"resolution": image_size} if image_size else {})
+    metadata |= {"version": feature_stats.VERSION} | ({"resolution": image_size} if image_size else {})
     return Extractor(net, metadata, args.batch_size or pick_batch_size(device), args.dataroot / ".statistics")
 
 
@@ -199,7 +197,7 @@ def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     if netG:
         resolution = netG.image_size
     elif holds_statistics(args.images):
-        resolution = statistics.load_statistics(args.images).get("resolution")
+        resolution = feature_stats.load_statistics(args.images).get("resolution")
     else:
         resolution = open_images(args.images).image_size
     real = args.real or args.dataroot / str(resolution) / args.split
@@ -227,7 +225,7 @@ def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> t
         fakes = [extractor.of_generator(inputs.netG, range(start, start + num)) for start in starts]
     else:
         fakes = [extractor.of_path(args.images, num)]
-        statistics.refuse_mismatch(fakes[0], real, args.images)
+        feature_stats.refuse_mismatch(fakes[0], real, args.images)
     if inputs.train and (args.floor or args.neighbours):
         n_train = None if args.neighbours else min(fakes[0].get("n", 10_000), len(find_images(inputs.train)))
         train = extractor.of_images(inputs.train, n_train)
@@ -238,13 +236,13 @@ def write_outputs(result: dict, inputs: Inputs, args: argparse.Namespace, real: 
     """The files that --save-stats, --neighbours and --json ask for."""
     if args.save_stats:
         stats = {name: value for name, value in real.items() if name != "features"}
-        statistics.save_statistics(stats, args.save_stats)
+        feature_stats.save_statistics(stats, args.save_stats)
     if args.neighbours:
         if inputs.netG:
             shown = next(sample(inputs.netG, range(args.seed, args.seed + 8)))
         else:
             dataset = open_images(args.images)
-            shown = dataset.__getitems__(statistics.choose(len(dataset), args.num)[:8])
+            shown = dataset.__getitems__(feature_stats.choose(len(dataset), args.num)[:8])
         draw_neighbours(shown, fake["features"], train["features"], open_images(inputs.train), args.neighbours)
     if args.json:
         save_result(result, args)
@@ -257,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         real, fakes, train = measure(inputs, args, device)
         if not is_first_rank():
             return
-    result = {name: fakes[0].get(name, real.get(name)) for name in statistics.IDENTITY}
+    result = {name: fakes[0].get(name, real.get(name)) for name in feature_stats.IDENTITY}
     result |= {"real": str(inputs.real), "fake": str(inputs.fake)}
     result |= compare(real, fakes, args.infinity, with_float64(device))
     if train and args.floor:

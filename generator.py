@@ -18,12 +18,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from support.cli import HelpFormatter, int_at_least, parse_seeds, parse_terms, run
-from support.file_kinds import require_pytorch_file
-from support.files import OVERWRITE_HELP, UserError, atomic_write, printable
-from support.outdir import PARAMS_REMEDY, PRETRAINED, TRAINED, default_params
-from support.startup import prepare
-from support.targets import LATENTS_REMEDY, arithmetic_target, face_targets, projection_targets
+from support.cli import HelpFormatter, int_at_least, parse_seeds, parse_terms, prepare, run
+from support.files import (
+    OVERWRITE_HELP,
+    PARAMS_REMEDY,
+    PRETRAINED,
+    TRAINED,
+    UserError,
+    arithmetic_target,
+    atomic_write,
+    default_params,
+    face_targets,
+    printable,
+    projection_targets,
+)
 
 REMEDY = "pass the generator.params of a training to --params"
 
@@ -57,21 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for what main() would refuse, as far as that takes no torch."""
-    require_pytorch_file(args.params or default_params(), PARAMS_REMEDY)
-    for path in args.latents or ():
-        require_pytorch_file(path, LATENTS_REMEDY)
-    if args.project:
-        projection_targets(args)
-    elif args.arithmetic:
-        arithmetic_target(args)
-    else:
-        face_targets(args, [] if args.latents else args.seeds)
-
-
 if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
-    prepare(parse_args, check_args)
+    prepare(parse_args)
 
 import torch
 from PIL import Image

@@ -14,7 +14,7 @@ sorted order gives a.png and the others get a hash in their name. The split is C
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
-    from support.startup import prepare
+    from support.cli import prepare
     prepare(packages=("pillow", "numpy", "tqdm"))
 
 import argparse
@@ -34,15 +34,13 @@ import numpy as np
 from PIL import Image
 
 from support.cli import HelpFormatter, int_at_least, run
-from support.cores import count_cores
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
-from support.folders import CROP_NOTE, SPLITS
 from support.images import encode_png
 from support.photos import OwnPicture, crop_square, open_photo
-from support.sources import Photo, list_photos, open_zip, skipped_lines
+from support.sources import CROP_NOTE, SPLITS, Photo, list_photos, open_zip, skipped_lines
 from support.splits import assign_splits
-from support.workers import map_in_processes
+from support.workers import count_cores, map_in_processes
 
 
 class Result(NamedTuple):

@@ -19,11 +19,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from support.cli import HelpFormatter, float_below, int_at_least, run
-from support.files import UserError, cannot_write
-from support.folders import require_images
-from support.outdir import check_outdir, open_outdir
-from support.startup import prepare
+from support.cli import HelpFormatter, float_below, int_at_least, prepare, run
+from support.files import UserError, cannot_write, open_outdir
 
 SIZES = (16, 32, 64, 128, 256)
 WIDTHS = {256: 32}  # default --ngf and --ndf, where it is not 64: a step at 256x256 then fits in 16 GB of GPU memory
@@ -77,16 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for what main() would refuse, as far as that takes no torch."""
-    images = args.dataroot / str(args.image_size) / "train"
-    if images.is_dir() or not args.demo:
-        require_images(images)
-    check_outdir(args.outdir, args.resume)
-
-
 if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
-    prepare(parse_args, check_args)
+    prepare(parse_args)
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits

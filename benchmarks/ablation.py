@@ -31,13 +31,12 @@ from generator import load_generator, sample
 from network import Discriminator, Generator
 from support.augment import augment, draw_augmentations
 from support.cli import HelpFormatter, int_at_least, run
-from support.cores import count_cores
-from support.files import UserError, atomic_write
+from support.files import CHECKPOINTS, UserError, atomic_write
 from support.images import image_grid, save_image
-from support.outdir import CHECKPOINTS
 from support.seeding import step_latents
 from support.training_log import read_log
 from support.weights import load_tensors
+from support.workers import count_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {

@@ -34,9 +34,9 @@ from timing import items_per_sec, timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import HelpFormatter, int_at_least, run
-from support.cores import count_cores
 from support.devices import pick_device
 from support.files import UserError
+from support.workers import count_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 CELEBA = {"train": 162_770, "valid": 19_867, "test": 19_962}  # photos in each split

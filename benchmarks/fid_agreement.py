@@ -26,11 +26,11 @@ from timing import timed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import DataGenerater, find_images, read_batches
 from support.cli import HelpFormatter, int_at_least, run
-from support.cores import count_cores
+from support.feature_stats import measure
 from support.files import UserError
 from support.inception import LAST_LAYER, load_inception
 from support.metrics import frechet_distance, kernel_distance, mean_and_covariance, precision_and_recall
-from support.statistics import measure
+from support.workers import count_cores
 
 SPEED_DIMS = 2048  # of the statistics whose distance is timed
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import DataGenerater, to_float
 from generator import PRETRAINED, draw, load_generator, sample
 from support.cli import HelpFormatter, int_at_least, run
+from support.feature_stats import choose
 from support.projection import project, psnr
-from support.statistics import choose
 
 RECOVERED = 30  # dB
 

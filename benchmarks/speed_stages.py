@@ -24,8 +24,8 @@ import generator
 import preprocess
 from dataloader import DataGenerater, make_loader
 from network import Generator
-from support.cores import count_cores
 from support.files import UserError
+from support.workers import count_cores
 
 BYTES_PER_IMAGE = 3 * 64 * 64
 FIRST_STEP = Path(__file__).resolve().parent / "first_step.py"

@@ -20,8 +20,7 @@ import PIL
 import torch
 
 from support import distributed
-from support.files import UserError, atomic_write, git_commit, hash_file, printable
-from support.outdir import CHECKPOINTS
+from support.files import CHECKPOINTS, UserError, atomic_write, git_commit, hash_file, printable
 from support.train_state import TrainState
 from support.weights import load_tensors, nested_tensors, save_tensors
 
@@ -44,7 +43,7 @@ def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None
         raise UserError(f"--colour-weight needs a --batch-size of {2 * world_size} or more: two images a process")
     share = args.batch_size // world_size
     if share < 8 and world_size > 1 and distributed.is_first_rank():
-        print(f"warning: each process normalises its own {share} images of a batch (BatchNorm), so that the result differs "
+        print(f"warning: each process normalises its own {share} images of a batch (BatchNorm), so the result differs "
               "from that of one process; raise --batch-size", file=sys.stderr)
 
 

@@ -1,5 +1,8 @@
 """What the command lines of all scripts share. Imports no torch.
 
+    if __name__ == "__main__":
+        prepare(parse_args)                         # answers --help before the imports that take seconds
+    ...
     parser.add_argument("--epochs", type=int_at_least(1))
     run(main)                                       # UserError becomes "error: ..." and exit code 1
 """
@@ -11,14 +14,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata, util
 from pathlib import Path
 from typing import TextIO
 
 from support.files import UserError, printable
+from support.workers import count_affinity, count_cores
 
 LARGEST = 2**48  # flags are added and multiplied, and must stay within the 64 bits of torch's seeds
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 
 
 def int_at_least(minimum: int) -> Callable[[str], int]:
@@ -158,3 +164,56 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         end_on_ctrl_c()  # a second Ctrl-C while threads end
         sys.exit(130)
+
+
+def prepare(parse_args: Callable[[], argparse.Namespace] | None = None, packages: Sequence[str] = ()) -> None:
+    """Answer --help, and exit with one sentence for missing `packages` (all by default) and for flags that are refused.
+
+    Afterwards, Ctrl-C ends the process silently until run() is called.
+    """
+    set_up_threads()
+
+    def answer() -> None:
+        require_packages(*packages)
+        if parse_args:
+            parse_args()
+
+    run(answer)
+    end_on_ctrl_c()
+
+
+def set_up_threads() -> None:
+    """Limit the threads that torch starts later to the cores of a container, which OpenMP does not know.
+
+    A value that the user has set in the environment stays.
+    """
+    if count_cores() < count_affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
+
+
+def require_packages(*names: str) -> None:
+    """Raise UserError unless the packages `names` are installed in the versions of requirements.txt. Default: all."""
+    problems = []
+    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
+        name, minimum = line.split(">=")
+        if not names or name in names:
+            problems += name_problem(name, minimum)
+    if problems:
+        raise UserError(f"needs {', '.join(problems)}: pip install -r requirements.txt")
+
+
+def name_problem(name: str, minimum: str) -> list[str]:
+    """[] when the package `name` is installed in version `minimum` or newer, else what is needed and what is there."""
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        # pillow-simd and the packages of some systems install the module under another name or without a version.
+        has_module = util.find_spec({"pillow": "PIL"}.get(name, name)) is not None
+        return [] if has_module else [f"{name} {minimum} or newer (not installed)"]
+    is_old = major_and_minor(found) < major_and_minor(minimum)
+    return [f"{name} {minimum} or newer (this is {found})"] if is_old else []
+
+
+def major_and_minor(version: str) -> list[int]:
+    """[2, 11] of "2.11.0a0+git1234"."""
+    return [int(number) for number in re.findall(r"\d+", f"{version}.0")[:2]]

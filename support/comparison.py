@@ -1,6 +1,6 @@
 """Statistics of real and of generated images -> the result of evaluate.py, in numbers, words and a picture.
 
-    result = compare(real, [fake], False, device)           # statistics as in support/statistics.py
+    result = compare(real, [fake], False, device)           # statistics as in support/feature_stats.py
     print(report(metadata | result))
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from support import metrics
 from support.colour import compare_colour
+from support.feature_stats import choose
 from support.files import atomic_write, git_commit, hash_file
 from support.images import image_grid, save_image
-from support.statistics import choose
 
 
 def compare(real: dict, fakes: list[dict], infinity: bool, device: torch.device) -> dict:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.files import UserError, printable
-from support.folders import require_images
+from support.sources import require_images
 
 PYTORCH = "a PyTorch file"
 STATISTICS = "an .npz of statistics"

@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all, and the one kind of error that a user can mend. Imports no torch.
+"""Files: written whole or not at all, what is in the way of them, and the names of outputs. Imports no torch.
 
     from support.files import UserError, atomic_write
     with atomic_write("faces.png") as file:
         file.write(png)
+    lock = open_outdir(args.outdir, args.resume)
 """
 
+import argparse
 import errno
 import hashlib
 import os
@@ -13,10 +15,16 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts
 OVERWRITE_HELP = "replace output files that exist"  # of --overwrite, which has one meaning in all scripts
 ADVICE = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
+TRAINED = Path("runs/64/generator.params")
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "generator_64.params"
+PARAMS_REMEDY = "make one with `python train.py`, or pass another to --params"
+LATENTS_REMEDY = "make one with --project"
 
 
 class UserError(Exception):
@@ -121,3 +129,92 @@ def atomic_write(path: str | Path, durable: bool = False):
     finally:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def default_params() -> Path:
+    """The generator that train.py made here. If there is none, the pretrained one."""
+    return TRAINED if TRAINED.exists() or not PRETRAINED.exists() else PRETRAINED
+
+
+def name_last_checkpoint(outdir: Path) -> str:
+    newest = outdir / CHECKPOINTS[0]
+    return f"the last good checkpoint is {newest}" if newest.exists() else "there is no checkpoint yet"
+
+
+def check_outdir(outdir: Path, resume: bool) -> None:
+    """Raise UserError when `outdir` holds a training, or with `resume` when it holds none."""
+    shown = printable(outdir)
+    has_checkpoint = any((outdir / name).exists() for name in CHECKPOINTS)
+    if has_checkpoint and not resume:
+        raise UserError(f"{shown} holds a training; go on by --resume, or choose another --outdir")
+    if not has_checkpoint and (outdir / "generator.params").exists():
+        raise UserError(f"{shown} holds the generator.params of another training; choose another --outdir")
+    if resume and not has_checkpoint:
+        raise UserError(f"--resume: there is no checkpoint in {shown}; leave out --resume to start one")
+
+
+def open_outdir(outdir: Path, resume: bool) -> TextIO:
+    """Make `outdir` and lock it. The system releases the lock however this process ends. Raises UserError."""
+    check_outdir(outdir, resume)
+    shown = printable(outdir)
+    try:
+        (outdir / "samples").mkdir(parents=True, exist_ok=True)
+        lock = (outdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to --outdir {shown} ({error.strerror}); choose another") from None
+    try:
+        lock_file(lock)
+    except OSError:
+        raise UserError(f"another training is running in {shown}; choose another --outdir") from None
+    for leftover in outdir.rglob(".*.tmp"):  # of a killed training: the lock proves that no other is writing them
+        leftover.unlink(missing_ok=True)
+    return lock
+
+
+def lock_file(file: TextIO) -> None:
+    """Lock an open file for this process alone. Raises OSError when another process has locked it."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def face_targets(args: argparse.Namespace, names: Iterable[int | str]) -> tuple[list[Path], Path | None, Path | None]:
+    """Paths of the faces of these seeds or names, of the grid and of the morph, None where a flag is missing."""
+    paths = [args.outdir / (f"{name:08d}.png" if isinstance(name, int) else f"{name}.png") for name in names]
+    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
+    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
+    refuse_existing([*paths, *filter(None, (grid, animation))], args.overwrite, "--outdir")
+    return paths, grid, animation
+
+
+def arithmetic_target(args: argparse.Namespace) -> Path:
+    """Path of the picture of a sum."""
+    path = path_next_to(args.outdir, "_arithmetic.png")
+    refuse_existing([path], args.overwrite, "--outdir")
+    return path
+
+
+def projection_targets(args: argparse.Namespace) -> list[list[Path]]:
+    """Paths of the latents and of the one or two pictures of each photo, which must exist."""
+    for photo in filter(None, (*args.project, args.mask)):
+        if not photo.exists():
+            raise UserError(f"{printable(photo)} cannot be read (it does not exist); give an image")
+    endings = (".latents", "_projected.png", *["_completed.png"] * bool(args.mask))
+    targets = [[args.outdir / f"{path.stem}{ending}" for ending in endings] for path in args.project]
+    if len({target[0] for target in targets}) < len(targets):
+        raise UserError("--project: two photos have the same name without its ending; rename one")
+    refuse_existing([path for paths in targets for path in paths], args.overwrite, "--outdir")
+    return targets
+
+
+def path_next_to(outdir: Path, ending: str) -> Path:
+    """faces_grid.png for faces: pictures of several faces lie next to the folder, which holds nothing but faces."""
+    named = outdir if outdir.name not in ("", "..") else outdir.resolve()
+    if not named.name:
+        raise UserError(f"there is no place next to --outdir {outdir} for a picture of all faces; choose another")
+    return named.with_name(named.name + ending)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.files import UserError
-from support.targets import LATENTS_REMEDY
+from support.files import LATENTS_REMEDY, UserError
 from support.weights import load_tensors
 
 FRAMES = 24  # of the morph from one latent to the next

@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.files import UserError, printable
-from support.folders import SPLITS, SUFFIXES
-from support.sources import Photo, read_bytes
+from support.sources import SPLITS, SUFFIXES, Photo, read_bytes
 
 LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")  # CelebA's, and Kaggle's
 HASH = "by a hash of the names"

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from support.files import UserError
-from support.outdir import name_last_checkpoint
+from support.files import UserError, name_last_checkpoint
 
 
 @dataclass

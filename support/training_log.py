@@ -16,9 +16,8 @@ from typing import TextIO
 from PIL import Image
 from tqdm import tqdm
 
-from support.files import atomic_write
+from support.files import atomic_write, name_last_checkpoint
 from support.images import save_animation, save_plot
-from support.outdir import name_last_checkpoint
 from support.train_state import Setup, Throughput, TrainState
 from support.weights import save_tensors
 

@@ -1,11 +1,12 @@
-"""Work spread over processes that end with their parent. Imports no torch.
+"""Work spread over processes that end with their parent, and how many a container allows. Imports no torch.
 
-    crops = map_in_processes(make_crop, photos, workers=8, label="preprocess")
+    crops = map_in_processes(make_crop, photos, workers=count_cores(), label="preprocess")
     for batch in iterate_in_processes(read_batch, batches, workers=8, remedy="lower --workers"): ...
 
 Items and results travel as bytes through pipes. That needs no shared memory, which containers limit.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from functools import partial
-
-from tqdm import tqdm
+from pathlib import Path
 
 from support.files import UserError
 
@@ -43,6 +43,8 @@ def map_in_processes(work: Callable, items: Sequence, workers: int, label: str) 
 
     This process does all the work for fewer than 32 items. Raises UserError when a worker process dies.
     """
+    from tqdm import tqdm  # a script counts the cores before it knows whether its packages are installed
+
     workers = workers if workers > 1 and len(items) >= 32 else 0
     size = CHUNK if workers else 1
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
@@ -92,3 +94,37 @@ def iterate_in_processes(
         raise UserError(f"a worker process was killed (out of memory?); {remedy}") from None
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, the items in progress end within a second or so
+
+
+def count_cores(root: Path = Path("/")) -> int:
+    """Number of CPU cores that this process may use, by its affinity and the limits of its cgroups below `root`."""
+    return math.ceil(min(count_affinity(), *cgroup_limits(root)))
+
+
+def count_affinity() -> int:
+    """Number of CPU cores on which the system may run this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cgroup_limits(root: Path) -> list[float]:
+    """How many CPUs' time each cgroup of this process and each parent of it may use, infinite where it has no limit."""
+    limits = [math.inf]
+    with suppress(OSError, ValueError):  # no Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)  # "0::/a/b" (version 2) or "3:cpu,cpuacct:/a/b" (version 1)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top, group = root / "sys/fs/cgroup" / ("cpu" if controllers else ""), Path(path.lstrip("/"))
+            # In a container, the path may be the one outside of it. The container's own cgroup is then at the top.
+            limits += [read_limit(top / folder) for folder in (group, *group.parents)]
+    return limits
+
+
+def read_limit(cgroup: Path) -> float:
+    """How many CPUs' time the processes in the folder `cgroup` may use together."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # versions 2 and 1
+        with suppress(OSError, ValueError):
+            quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())  # not "max"
+            if quota > 0:  # -1: no limit
+                return quota / period
+    return math.inf

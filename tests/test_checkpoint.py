@@ -9,8 +9,7 @@ import torch
 from helpers import SMALL, assert_same_training, load, run_training
 
 import train
-from support.files import UserError
-from support.outdir import open_outdir
+from support.files import UserError, open_outdir
 from support.training_log import FIELDS, continue_log, read_log
 
 

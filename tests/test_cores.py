@@ -1,11 +1,11 @@
-"""Number of CPU cores: support/cores.py, and of threads: support/startup.py."""
+"""Number of CPU cores: support/workers.py, and of threads: support/cli.py."""
 
 import os
 
 import pytest
 
-from support import cores, startup
-from support.cores import count_cores
+from support import cli, workers
+from support.workers import count_cores
 
 
 @pytest.mark.parametrize("own_cgroup, files, expected", [
@@ -21,7 +21,7 @@ from support.cores import count_cores
     (None, {}, 64),
 ])
 def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expected):
-    monkeypatch.setattr(cores, "count_affinity", lambda: 64)
+    monkeypatch.setattr(workers, "count_affinity", lambda: 64)
     if own_cgroup:
         (tmp_path / "proc" / "self").mkdir(parents=True)
         (tmp_path / "proc" / "self" / "cgroup").write_text(own_cgroup)
@@ -35,8 +35,8 @@ def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expec
 def test_threads_follow_a_limited_number_of_cores_and_the_user(monkeypatch):
     for own, limited, threads in (({}, 2, "2"), ({}, 64, None), ({"OMP_NUM_THREADS": "5"}, 2, "5")):
         monkeypatch.setattr(os, "environ", dict(own))
-        monkeypatch.setattr(startup, "count_affinity", lambda: 64)
-        monkeypatch.setattr(startup, "count_cores", lambda limited=limited: limited)
-        startup.set_up_threads()
+        monkeypatch.setattr(cli, "count_affinity", lambda: 64)
+        monkeypatch.setattr(cli, "count_cores", lambda limited=limited: limited)
+        cli.set_up_threads()
         # How long threads wait before they sleep is OpenMP's default: shorter waits cost up to a third of the speed.
         assert os.environ == ({"OMP_NUM_THREADS": threads} if threads else {})

@@ -11,7 +11,7 @@ import dataloader
 import preprocess
 from dataloader import DataGenerater, find_images, make_loader, read_batches, read_image, to_float, to_uint8
 from support.files import UserError
-from support.folders import RARE_SUFFIXES, SUFFIXES
+from support.sources import RARE_SUFFIXES, SUFFIXES
 from support.splits import crop_name
 
 

@@ -27,8 +27,8 @@ from dataloader import DataGenerater
 from support import distributed
 from support.checkpoint import refuse_unequal_ranks
 from support.distributed import first_rank_writes, from_first_rank, joined_ranks, once_per_machine
+from support.feature_stats import load_statistics
 from support.files import UserError
-from support.statistics import load_statistics
 
 
 def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import network
 from evaluate import make_scorer
-from support import comparison, statistics
+from support import comparison, feature_stats
 from support.files import UserError
 
 
@@ -37,7 +37,7 @@ def test_folders_cache_json_and_statistics_files(run_evaluate, dataroot, tmp_pat
     assert {"kid", "precision", "recall", "n_floor", "versions"} <= result.keys()
     assert "fewer than the 64 dims" in out.err and "biases differ" in out.err
     assert "FID-64 " in out.out and "resize tf" in out.out and result["weights_sha256"][:16] in out.out
-    monkeypatch.setattr(statistics, "measure", None)  # the cache replaces every second measurement
+    monkeypatch.setattr(feature_stats, "measure", None)  # the cache replaces every second measurement
     assert run_evaluate("--images", train).out == out.out
     assert run_evaluate("--images", train, "--real", tmp_path / "s.npz").out.splitlines()[-1] == last
     assert run_evaluate("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out.endswith("0.0000\n")
@@ -126,7 +126,7 @@ def test_repeats_infinity_and_neighbours(run_evaluate, generator, dataroot, tmp_
 def test_infinity_is_refused_before_the_measurement(run_evaluate, generator, dataroot, monkeypatch):
     """As soon as the number of generated images is known: 127 faces, or the few of a folder."""
     run_evaluate("--images", dataroot / "64" / "train", "--no-floor")  # the cache holds the real images from here on
-    monkeypatch.setattr(statistics, "measure", None)
+    monkeypatch.setattr(feature_stats, "measure", None)
     for flags in (("--params", generator, "--num", 127), ("--images", dataroot / "64" / "train")):
         with pytest.raises(UserError, match="--infinity needs 128 generated images at --dims 64, not"):
             run_evaluate(*flags, "--infinity")

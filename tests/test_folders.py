@@ -1,4 +1,4 @@
-"""Folders and files that are no photos: support/folders.py and support/sources.py, through the scripts."""
+"""Folders and files that are no photos: support/sources.py and support/sources.py, through the scripts."""
 
 import shutil
 import zipfile
@@ -12,8 +12,8 @@ from PIL import Image
 import preprocess
 from dataloader import DataGenerater, find_images
 from support.files import UserError
-from support.folders import DOCS, folders_without_photos, relative_key
 from support.images import encode_png, save_animation, save_image
+from support.sources import DOCS, folders_without_photos, relative_key
 
 HIDDEN = [".ipynb_checkpoints", ".Trashes", ".thumbnails", ".@__thumb"]
 SYSTEM = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"]

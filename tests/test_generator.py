@@ -11,9 +11,8 @@ import generator
 import network
 import network_128
 from dataloader import DataGenerater, find_images
-from support.files import UserError
+from support.files import UserError, path_next_to
 from support.seeding import latents
-from support.targets import path_next_to
 
 
 @pytest.fixture

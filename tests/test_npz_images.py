@@ -12,9 +12,9 @@ from PIL import Image
 import evaluate
 from support.cli import npz_path
 from support.comparison import report, warn
+from support.feature_stats import NpzImages
 from support.file_kinds import holds_statistics
 from support.files import UserError
-from support.npz_images import NpzImages
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from helpers import (
 
 import preprocess
 from support.files import UserError
-from support.folders import SPLITS
+from support.sources import SPLITS
 
 
 def start_preprocess(outdir, workers, **options):

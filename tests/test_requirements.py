@@ -5,9 +5,9 @@ import sys
 import pytest
 from helpers import ROOT, run_python
 
-from support import startup
+from support import cli
+from support.cli import major_and_minor, require_packages
 from support.files import UserError
-from support.startup import major_and_minor, require_packages
 
 MINIMUM = dict(line.split(">=") for line in (ROOT / "requirements.txt").read_text().splitlines())
 
@@ -55,8 +55,8 @@ def test_only_the_named_packages_are_required(packages):
 
 def test_a_module_without_metadata_is_accepted(monkeypatch, tmp_path):
     """As pillow-simd, which installs PIL."""
-    monkeypatch.setattr(startup, "REQUIREMENTS", tmp_path / "requirements.txt")
-    startup.REQUIREMENTS.write_text("json>=99\n")
+    monkeypatch.setattr(cli, "REQUIREMENTS", tmp_path / "requirements.txt")
+    cli.REQUIREMENTS.write_text("json>=99\n")
     require_packages()
 
 

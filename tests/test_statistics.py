@@ -1,11 +1,11 @@
-"""Means and covariances on disk, and fingerprints of image folders: support/statistics.py."""
+"""Means and covariances on disk, and fingerprints of image folders: support/feature_stats.py."""
 
 import numpy as np
 from PIL import Image
 
 from dataloader import find_images
+from support.feature_stats import fingerprint, load_statistics
 from support.files import UserError
-from support.statistics import fingerprint, load_statistics
 
 
 def test_fingerprint_changes_with_the_files(tmp_path):

@@ -2,6 +2,7 @@
 
     stats = measure(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D), colour
     save_statistics(stats, Path("real.npz"))                     # mu and sigma, as pytorch-fid reads them
+    NpzImages(Path("samples.npz"))[7]                            # uint8 (3,S,S); the format of guided-diffusion
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from support.colour import NAMES, measure_colour
 from support.devices import explain_out_of_memory, with_float64
 from support.distributed import gather, is_first_rank, my_share
-from support.files import UserError, atomic_write
+from support.files import UserError, atomic_write, printable
 from support.metrics import mean_and_covariance
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
@@ -168,3 +170,40 @@ def choose(total: int, num: int | None) -> list[int]:
     if num is None or num == total:
         return list(range(total))
     return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
+
+
+class NpzImages:
+    """The images in the array `arr_0`, uint8 (N,S,S,3), of an .npz, as a dataset like dataloader.DataGenerater.
+
+    All pixels are in memory (3 S^2 bytes an image). Raises UserError when the array has another type or shape.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                images = content["arr_0"]
+        except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, depending on the damaged byte
+            raise UserError(f"{printable(path)} is damaged ({type(error).__name__}); copy it again") from None
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+            found = f"{images.dtype} {images.shape}"
+            raise UserError(f"{printable(path)}: arr_0 is {found}, not images uint8 (N,S,S,3); give another file")
+        if not images.size:
+            raise UserError(f"{printable(path)} holds no images; give another file")
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        self.image_size = self.images.shape[-1]
+        self.root, self.paths = path.parent, [path] * len(self.images)  # for the fingerprint of the cache
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index].contiguous()  # as a folder gives them, so that the features have the same bits
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self[index] for index in indices])
+
+
+@lru_cache(maxsize=2)  # the real and the generated images
+def read_npz_images(path: Path, mtime_ns: int) -> NpzImages:
+    """The images in the .npz `path`. Reads it once in a run, and again after it has changed at `mtime_ns`."""
+    return NpzImages(path)
