@@ -25,14 +25,20 @@ class Generator(nn.Module):
 
     def __init__(self, nz: int = 100, ngf: int = 64, image_size: int = 64):
         super().__init__()
-        self.nz, self.ngf, self.image_size = nz, ngf, image_size
+        self.nz = nz
+        self.ngf = ngf
+        self.image_size = image_size
         channels = [ngf * 2**i for i in reversed(range(count_blocks(image_size)))]
         layers = []
         for i, (previous, out) in enumerate(zip([nz, *channels], channels)):
             # The first block turns a 1x1 map into 4x4. Each later block doubles the map.
-            conv = (ConvTransposeFrom1x1, ConvTransposeFrom4x4, nn.ConvTranspose2d)[min(i, 2)]
-            stride, padding = (1, 0) if i == 0 else (2, 1)
-            layers += [conv(previous, out, 4, stride, padding, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            if i == 0:
+                conv = ConvTransposeFrom1x1(previous, out)
+            elif i == 1:
+                conv = ConvTransposeFrom4x4(previous, out)
+            else:
+                conv = nn.ConvTranspose2d(previous, out, 4, 2, 1, bias=False)
+            layers += [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, 3, 4, 2, 1, bias=False), nn.Tanh())
         self.apply(init_weights)
 
@@ -53,11 +59,12 @@ class Discriminator(nn.Module):
         channels = [ndf * 2**i for i in range(count_blocks(image_size))]
         layers = []
         for previous, out in zip([3, *channels], channels):
-            conv = ConvTo4x4 if out == channels[-1] else nn.Conv2d
+            is_last = out == channels[-1]
+            conv = ConvTo4x4(previous, out) if is_last else nn.Conv2d(previous, out, 4, 2, 1, bias=False)
             norm = nn.GroupNorm(out // math.gcd(out, 16), out) if group_norm else nn.BatchNorm2d(out)
-            layers += [conv(previous, out, 4, 2, 1, bias=False), norm, nn.LeakyReLU(0.2, inplace=True)]
+            layers += [conv, norm, nn.LeakyReLU(0.2, inplace=True)]
         del layers[1]  # no norm in the first block: there it makes the training oscillate (DCGAN paper, section 3)
-        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid())
+        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 0, bias=False))
         self.apply(init_weights)
 
     def forward(self, images: torch.Tensor, logits: bool = False) -> torch.Tensor:
@@ -65,8 +72,8 @@ class Discriminator(nn.Module):
 
         In bf16 a probability above 0.998 would round to 1, so the sigmoid is taken of float32.
         """
-        scores = self.main[:-1](images).float()
-        return scores if logits else self.main[-1](scores)
+        scores = self.main(images).float()
+        return scores if logits else scores.sigmoid()
 
 
 def count_blocks(image_size: int) -> int:

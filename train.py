@@ -16,8 +16,10 @@ import argparse
 import copy
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from support.cli import HelpFormatter, float_below, int_at_least, prepare, run
 from support.files import UserError, cannot_write, open_outdir
@@ -41,7 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
     add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
     add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --outdir")
+    add("--resume", action="store_true", help="go on with the training in --outdir and its flags; without one, start")
+    add("--init", type=Path, metavar="FILE", help="networks to start from, such as pretrained/networks_64.pt")
     add("--checkpoint-every", type=int_at_least(0), default=0, help="steps between checkpoints; 0: one an epoch")
     add = parser.add_argument_group("model").add_argument
     add("--nz", type=int_at_least(1), default=100, help="length of a latent")
@@ -62,15 +65,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where supported")
     add("--compile", action="store_true", help="fuse layers by torch.compile; it starts slowly")
     add("--deterministic", action="store_true", help="give the same bits for the same seed on a GPU too; slower")
-    add("--workers", type=int_at_least(0), default=2, help="processes that read images which do not fit in memory")
+    add("--workers", type=int_at_least(0), help="processes that read images which do not fit in memory (default: 2)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=int_at_least(0), default=0, metavar="N", help="measure FID every N epochs; 0: never")
     add("--eval-flags", type=shlex.split, metavar="FLAGS", default="", help='of evaluate.py, such as "--num 2000"')
-    chosen = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[chosen.recipe] | (DEMO if chosen.demo else {}))
-    args = parser.parse_args(argv)  # flags on the command line override the recipe
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = RECIPES[given.get("recipe", defaults["recipe"])]
+    args = argparse.Namespace(**(defaults | recipe | (DEMO if "demo" in given else {}) | given))
+    args.given = list(given)  # all others may change to those of --resume or --init
     args.outdir = args.outdir or Path("runs") / str(args.image_size)
-    args.ngf, args.ndf = (width or WIDTHS.get(args.image_size, 64) for width in (args.ngf, args.ndf))
+    args.ngf = args.ngf or WIDTHS.get(args.image_size, 64)
+    args.ndf = args.ndf or WIDTHS.get(args.image_size, 64)
     return args
 
 
@@ -78,6 +85,7 @@ if __name__ == "__main__":  # answers --help and refuses bad flags before the im
     prepare(parse_args)
 
 import torch
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
 from tqdm import tqdm
 
@@ -85,74 +93,78 @@ import network
 import network_128
 import preprocess
 from dataloader import DataGenerater, make_loader, to_float, to_uint8
-from support import checkpoint, distributed
+from support import distributed
 from support.augment import augment, draw_augmentations
-from support.checkpoint import load_checkpoint, save_args, save_checkpoint, save_params
+from support.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    load_networks,
+    refuse_unequal_ranks,
+    save_args,
+    save_checkpoint,
+    save_params,
+    settle_args,
+)
 from support.colour import colour_loss
 from support.cuda_graph import as_cuda_graph
 from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
 from support.seeding import latents, step_latents
-from support.train_state import Setup, Throughput, TrainState
-from support.training_log import continue_log, log_row, measure_fid, next_commands, save_summary
+from support.training_log import TrainingLog, next_commands, save_summary
+from support.workers import count_cores
 
 LOG_EVERY = 20  # steps; only then does the CPU wait for the GPU
-COUNTERS = ("step", "epoch", "images_seen")  # fields of the log that the progress bar leaves out
 
 
-def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
-    """New networks, EMA weights and optimisers. The same seed gives the same ones."""
-    torch.manual_seed(args.seed)
-    if args.image_size == 128:  # the report's second network
-        nets = network_128.Generator(args.nz, args.ngf), network_128.Discriminator(args.ndf, args.group_norm)
-    else:
-        size = args.image_size
-        nets = network.Generator(args.nz, args.ngf, size), network.Discriminator(args.ndf, size, args.group_norm)
-    netG, netD = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    netG_ema = copy.deepcopy(netG).requires_grad_(False).eval()
-    optG, optD = (torch.optim.Adam(net.parameters(), args.lr, (args.beta1, 0.999), fused=True) for net in (netG, netD))
-    if args.compile:
-        netG.compile()
-        netD.compile()
-    return TrainState(netG, netD, netG_ema, optG, optD, torch.zeros(4, device=device), args.colour_weight)
+class StepInputs(NamedTuple):
+    """What a training step takes, beside the networks. A CUDA graph keeps these tensors and replaces their values."""
+
+    batch: Tensor  # indices int64 (N,) into the training images on the device, or images uint8 (N,3,S,S)
+    z: Tensor  # latents (N,nz,1,1) from N(0,1)
+    ema_weight: Tensor  # (), the share of G in the EMA weights
+    augmentations: Tensor | None  # (3,N,6) of draw_augmentations(); None without --augment
+
+    def to(self, device: torch.device) -> "StepInputs":
+        return StepInputs(*(None if x is None else x.to(device) for x in self))
 
 
-def step_inputs(args: argparse.Namespace, step: int, batch: torch.Tensor) -> list[torch.Tensor]:
-    """What train_step() takes in step `step`, on the CPU: batch, z, weight and, with --augment, augmentations."""
+def step_inputs(args: argparse.Namespace, step: int, batch: Tensor) -> StepInputs:
+    """The inputs of training step `step`, on the CPU. Each process of torchrun takes its share of them."""
     rank, world_size = distributed.rank_and_world_size()
-    z = step_latents(args.seed, step, args.batch_size, args.nz)[rank::world_size]
-    inputs = [batch, z, torch.tensor(ema_weight(step + 1, args.ema))]
+    z = step_latents(args.seed, step, args.batch_size, args.nz)[rank::world_size].contiguous()
+    weight = torch.tensor(ema_weight(step + 1, args.ema, warm_up=args.init is None))
+    augmentations = None
     if args.augment:
         augmentations = draw_augmentations(args.seed, step, args.batch_size, args.image_size)
-        inputs.append(augmentations[:, rank::world_size])
-    return inputs
+        augmentations = augmentations[:, rank::world_size].contiguous()
+    return StepInputs(batch, z, weight, augmentations)
 
 
 def train_step(
-    state: TrainState, autocast: torch.autocast, images: torch.Tensor | None, *inputs: torch.Tensor
+    state: TrainState, images: Tensor | None, autocast: torch.autocast, colour_weight: float, inputs: StepInputs
 ) -> None:
-    """One step of D, of G and of the EMA weights on step_inputs(). On a GPU, one CUDA graph holds all of it.
+    """One step of D, of G and of the EMA weights. On a GPU, one CUDA graph holds all of it.
 
-    The batch holds indices (N,) into the training `images` on the device, or uint8 images (N,3,S,S) if that is None.
+    `images` uint8 (M,3,S,S) are all training images on the device. With None, the batch holds images, not indices.
     """
-    batch, z, weight, *augmentations = (x.to(state.totals.device, non_blocking=True) for x in inputs)
+    batch, z, weight, augmentations = inputs.to(state.totals.device)
     real = to_float(batch if images is None else images[batch]).contiguous(memory_format=torch.channels_last)
-    update_networks(state, autocast, real, z, *augmentations)
+    update_networks(state, autocast, colour_weight, real, z, augmentations)
     update_ema(state.netG_ema, state.netG, weight)
 
 
 def update_networks(
     state: TrainState,
     autocast: torch.autocast,
-    real: torch.Tensor,
-    z: torch.Tensor,
-    augmentations: torch.Tensor | None = None,
+    colour_weight: float,
+    real: Tensor,
+    z: Tensor,
+    augmentations: Tensor | None,
 ) -> None:
     """One step of D and one of G, as in the DCGAN paper. `real` (N,3,S,S) is in [-1,1], `z` (N,nz,1,1) from N(0,1).
 
-    `augmentations` (3,N,6) are the parameters of augment() for real images, for fakes in D's step and for fakes in G's
-    step. The losses are nn.BCELoss of D's probabilities, computed from logits so that no gradient rounds to 0.
+    The losses are nn.BCELoss of D's probabilities, computed from logits so that no gradient rounds to 0.
     colour_loss() tells G what D with GroupNorm cannot see: D(c x) = D(x) for all c > 0.
     """
     netG, netD, optG, optD = state.netG, state.netD, state.optG, state.optD
@@ -164,7 +176,8 @@ def update_networks(
         fake = netG(z)
         logits_real = netD(augment(real, for_real), logits=True)
         logits_fake = netD(augment(fake.detach(), for_fake), logits=True)
-    ones, zeros = torch.ones_like(logits_real), torch.zeros_like(logits_real)
+    ones = torch.ones_like(logits_real)
+    zeros = torch.zeros_like(logits_real)
     errD_real = bce_with_logits(logits_real, ones)
     errD_fake = bce_with_logits(logits_fake, zeros)
     errD = errD_real + errD_fake
@@ -178,8 +191,8 @@ def update_networks(
     with autocast:
         logits = netD(augment(fake, for_fake_again), logits=True)
     errG = bce_with_logits(logits, ones)
-    if state.colour_weight:
-        errG = errG + state.colour_weight * colour_loss(real, fake.to(real.dtype))
+    if colour_weight:
+        errG = errG + colour_weight * colour_loss(real, fake.to(real.dtype))
     errG.backward()
     netD.requires_grad_(True)
     sums = torch.stack([errD, errG, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
@@ -189,50 +202,81 @@ def update_networks(
     state.totals += sums
 
 
-def train_epoch(state: TrainState, setup: Setup, epoch: int) -> int:
-    """The steps of `epoch` from state.step on. Returns the signal that stopped them, or 0."""
-    args, (rank, world_size) = setup.args, distributed.rank_and_world_size()
-    steps = len(setup.dataset) // args.batch_size
-    first, pin = state.step % steps, setup.device.type == "cuda"
-    data = (setup.dataset, args.batch_size, args.seed, epoch, first, args.workers, pin, rank, world_size)
-    batches = make_loader(*data, as_indices=setup.images is not None)
-    bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", steps, initial=first, disable=rank > 0 or None)
-    for done, batch in enumerate(bar, first + 1):
-        setup.launch(*step_inputs(args, state.step, batch))
+def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
+    """New networks, EMA weights and optimisers. The same seed gives the same ones."""
+    torch.manual_seed(args.seed)
+    if args.image_size == 128:  # the report's second network
+        netG = network_128.Generator(args.nz, args.ngf)
+        netD = network_128.Discriminator(args.ndf, args.group_norm)
+    else:
+        netG = network.Generator(args.nz, args.ngf, args.image_size)
+        netD = network.Discriminator(args.ndf, args.image_size, args.group_norm)
+    netG = netG.to(device, memory_format=torch.channels_last)
+    netD = netD.to(device, memory_format=torch.channels_last)
+    netG_ema = copy.deepcopy(netG).requires_grad_(False).eval()
+    optG = torch.optim.Adam(netG.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    optD = torch.optim.Adam(netD.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    if args.compile:
+        netG.compile()
+        netD.compile()
+    return TrainState(netG, netD, netG_ema, optG, optD, torch.zeros(4, device=device))
+
+
+def train_epoch(bar: tqdm, state: TrainState, args: argparse.Namespace, launch: Callable, log: TrainingLog) -> int:
+    """The steps of the batches that `bar` has left of an epoch. Returns the signal that stopped them, or 0."""
+    for done, batch in enumerate(bar, bar.n + 1):
+        launch(step_inputs(args, state.step, batch))
         state.step += 1
-        stop = distributed.agree_on_signal(setup.signals)
-        if done == steps or done % LOG_EVERY == 0:
-            fid = end_epoch(state, setup, epoch + 1) if done == steps else None
-            row = log_row(state, args, epoch + 1, (done - 1) % LOG_EVERY + 1, setup.throughput, setup.log, fid)
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in row if name not in COUNTERS})
-        if done == steps or stop or args.checkpoint_every and state.step % args.checkpoint_every == 0:
-            save_checkpoint(state, args, setup.log)
+        stop = distributed.agree_on_signal(log.signals)
+        if done == bar.total:  # end_epoch() writes
+            return stop
+        if done % LOG_EVERY == 0:
+            bar.set_postfix(log.add_row(state, LOG_EVERY))
+        if stop or args.checkpoint_every and state.step % args.checkpoint_every == 0:
+            save_checkpoint(state, args)
         if stop:
             return stop
     return 0
 
 
-def end_epoch(state: TrainState, setup: Setup, epoch: int) -> float | None:
-    """Fit the EMA weights' BatchNorm, write parameters and a grid of faces, and return the FID, if it is due."""
-    args = setup.args
+def end_epoch(
+    state: TrainState, args: argparse.Namespace, autocast: torch.autocast, log: TrainingLog, stop: int
+) -> None:
+    """Fit the EMA weights' BatchNorm, measure the FID if that is due, write parameters, a grid of faces, a checkpoint.
+
+    On a GPU, where an epoch may take less than a second, it writes every 30 seconds, and whenever it must.
+    """
     state.refuse_divergence(args.outdir)
-    with setup.autocast:
-        recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, setup.device)
-    is_eval_epoch = args.eval_every > 0 and (epoch % args.eval_every == 0 or epoch == args.epochs)
-    fid = measure_fid(state, setup) if is_eval_epoch else None
-    if setup.log:
-        faces = to_uint8(state.netG_ema(latents(range(64), args.nz).to(setup.device))).cpu()
-        save_image(image_grid(faces), args.outdir / "samples" / f"epoch_{epoch:03d}.png")
-        save_params(state, args.outdir)
-    return fid
+    epoch = state.step // log.steps_per_epoch
+    is_last = epoch == args.epochs
+    is_eval_epoch = args.eval_every > 0 and (epoch % args.eval_every == 0 or is_last)
+    writes = is_last or is_eval_epoch or stop > 0 or log.is_time_to_write(state.totals.device)
+    fid = None
+    if writes:
+        with autocast:
+            recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, state.totals.device)
+        fid = log.measure_fid(state) if is_eval_epoch else None
+        distributed.first_rank_writes(partial(write_faces, state, args, epoch))
+    log.add_row(state, (log.steps_per_epoch - 1) % LOG_EVERY + 1, fid)
+    if writes:
+        save_checkpoint(state, args)
+
+
+def write_faces(state: TrainState, args: argparse.Namespace, epoch: int) -> None:
+    """Write the grid of 64 faces of the EMA weights, and the parameters."""
+    faces = to_uint8(state.netG_ema(latents(range(64), args.nz).to(state.totals.device))).cpu()
+    save_image(image_grid(faces), args.outdir / "samples" / f"epoch_{epoch:03d}.png")
+    save_params(state, args.outdir)
 
 
 def open_dataset(args: argparse.Namespace) -> DataGenerater:
-    """The training images. With --demo, one process on each machine draws them if they are missing."""
+    """The training images. With --demo, one process on each machine draws those that are missing."""
     root = args.dataroot / str(args.image_size) / "train"
-    if args.demo and not root.is_dir() and distributed.is_first_on_machine():
-        flags = ["--dataroot", str(args.dataroot), "--sizes", str(args.image_size), "--allow-upscale"]
-        preprocess.main(["--demo", "2000", *flags])
+    if args.demo and distributed.is_first_on_machine():
+        names = [path.name for path in root.iterdir()] if root.is_dir() else []
+        if all(name.startswith("demo_") for name in names):  # not somebody's own crops
+            flags = ["--dataroot", str(args.dataroot), "--sizes", str(args.image_size), "--allow-upscale"]
+            preprocess.main(["--demo", "2000", *flags])
     distributed.wait_for_ranks()
     dataset = DataGenerater(root, args.image_size)
     if len(dataset) < args.batch_size:
@@ -240,45 +284,76 @@ def open_dataset(args: argparse.Namespace) -> DataGenerater:
     return dataset
 
 
+def run_epochs(state: TrainState, args: argparse.Namespace, dataset: DataGenerater, log: TrainingLog) -> int:
+    """All steps from state.step on. Returns the signal that stopped them, or 0."""
+    device = state.totals.device
+    rank, world_size = distributed.rank_and_world_size()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    images = place_on_device(dataset.images, device)
+    if images is not None:
+        dataset.images = images  # frees the copy in the memory of the CPU
+    options = {"rank": rank, "world_size": world_size, "as_indices": images is not None}
+    options |= {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    step = partial(train_step, state, images, autocast, args.colour_weight)
+    with as_cuda_graph(step, (state.optD, state.optG), device) as launch:
+        for epoch in range(state.step // log.steps_per_epoch, args.epochs):
+            first = state.step % log.steps_per_epoch
+            batches = make_loader(dataset, args.batch_size, args.seed, epoch, first, **options)
+            label = f"epoch {epoch + 1}/{args.epochs}"
+            hidden = None if rank == 0 else True
+            bar = tqdm(batches, label, log.steps_per_epoch, initial=first, disable=hidden)
+            stop = train_epoch(bar, state, args, launch, log)
+            if state.step % log.steps_per_epoch == 0:
+                end_epoch(state, args, autocast, log, stop)
+            if stop:
+                return stop
+    return 0
+
+
 def train(args: argparse.Namespace, device: torch.device) -> int:
     """Everything from the data on disk to the pictures of the finished training. Returns the signal that stopped it."""
+    settle_args(args)
     args.epochs = args.epochs or (DEMO_EPOCHS.get(device.type, 20) if args.demo else 5)
-    dataset, first_rank = open_dataset(args), distributed.is_first_rank()
+    if args.workers is None:
+        args.workers = count_cores() if device.type == "cuda" else 2
+    args.precision = pick_precision(args.precision, device)
+    dataset = open_dataset(args)
+    first_rank = distributed.is_first_rank()
     lock = open_outdir(args.outdir, args.resume) if first_rank else None
     if all(distributed.gather(fits_in_memory(len(dataset), args.image_size))):
         dataset.decode_all()
-    args.precision, args.images_sha256 = pick_precision(args.precision, device), dataset.sha256()
-    checkpoint.refuse_unequal_ranks(args, device)
+    args.images_sha256 = dataset.sha256()
+    refuse_unequal_ranks(args, device)
     set_up_training(args.deterministic)
-    state, log, score, stop = make_state(args, device), None, None, 0
+    state = make_state(args, device)
+    log = None
+    score = None
     if args.eval_every:
         from evaluate import make_scorer  # torchvision and SciPy take seconds to import
+
         score = make_scorer(["--dataroot", str(args.dataroot), *args.eval_flags], args.image_size, device)
     try:
         if args.resume:
             load_checkpoint(state, args)
+        elif args.init:
+            load_networks(state, args.init)
+        log = TrainingLog(args.outdir, state.step, len(dataset), args.batch_size, distributed.catch_signals(), score)
         if first_rank:
-            log = continue_log(args.outdir / "log.jsonl", state.step)
-            save_args(args, device, distributed.rank_and_world_size()[1], state.step)
+            save_args(args, device, state.step)
         if not args.resume:
-            save_checkpoint(state, args, log)  # --resume works from here on
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        images, signals = place_on_device(dataset.images, device), distributed.catch_signals()
-        step = partial(train_step, state, autocast, images)
-        with as_cuda_graph(step, (state.optD, state.optG), device) as launch:
-            setup = Setup(args, device, dataset, images, launch, log, score, autocast, signals, Throughput(state.step))
-            for epoch in range(state.step // (len(dataset) // args.batch_size), args.epochs):
-                if stop := train_epoch(state, setup, epoch):
-                    break
-        if first_rank and stop:
-            flags = shlex.join(["--resume", "--outdir", str(args.outdir)])
-            print(f"\nstopped at step {state.step}; go on with {flags}", file=sys.stderr)
-        elif first_rank:
-            save_summary(args.outdir)
-            print(next_commands(args.outdir, args.dataroot))
+            save_checkpoint(state, args)  # --resume works from here on
+        stop = run_epochs(state, args, dataset, log)
     finally:
         for file in filter(None, (log, lock)):
             file.close()
+    if first_rank and stop:
+        flags = shlex.join(["--resume", "--outdir", str(args.outdir)])
+        print(f"\nstopped at step {state.step}; go on with {flags}", file=sys.stderr)
+    elif first_rank:
+        if not (args.outdir / "generator.params").exists():  # deleted after the training
+            save_params(state, args.outdir)
+        save_summary(args.outdir)
+        print(next_commands(args.outdir, args.dataroot))
     return stop
 
 

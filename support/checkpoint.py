@@ -1,7 +1,8 @@
-"""A training on disk: parameters and checkpoints. --resume goes on from these files.
+"""A training in memory and on disk: networks, optimisers, checkpoints, parameters and the flags in args.json.
 
-    save_checkpoint(state, args, log)
-    load_checkpoint(state, args)
+    save_checkpoint(state, args)
+    load_checkpoint(state, args)                    # --resume
+    load_networks(state, Path("networks_64.pt"))    # --init
 
 Each file is written under another name, flushed to the disk and renamed, so it is whole or absent. The previous
 checkpoint stays until the newest is whole, and replaces it when the newest turns out to be damaged.
@@ -12,23 +13,115 @@ import json
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import PIL
 import torch
+from torch import nn
 
 from support import distributed
-from support.files import CHECKPOINTS, UserError, atomic_write, git_commit, hash_file, printable
-from support.train_state import TrainState
-from support.weights import load_tensors, nested_tensors, save_tensors
+from support.files import CHECKPOINTS, UserError, atomic_write, git_commit, hash_file, name_last_checkpoint, printable
+from support.weights import find_networks, is_discriminator, kernels_of, load_tensors, nested_tensors, save_tensors
 
+# The settings that follow from the networks of --init.
+SIZES = ("image_size", "nz", "ngf", "ndf", "group_norm")
 # A resumed training is the same training only if these are the same.
-FIXED = ("image_size", "batch_size", "lr", "beta1", "nz", "ngf", "ndf", "ema", "augment", "group_norm")
-FIXED += ("colour_weight", "precision", "seed", "images_sha256")
+FIXED = (*SIZES, "batch_size", "lr", "beta1", "ema", "augment", "colour_weight", "precision", "seed", "images_sha256")
+INIT_REMEDY = "give a checkpoint.pt of train.py, or pretrained/networks_64.pt, to --init"
 # All processes of a training take the same steps only if these are the same too.
 SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
+
+
+@dataclass
+class TrainState:
+    """All that a training step changes. `totals` (4,) sums loss_d, loss_g, D(x) and D(G(z)) since the last log row."""
+
+    netG: nn.Module
+    netD: nn.Module
+    netG_ema: nn.Module
+    optG: torch.optim.Optimizer
+    optD: torch.optim.Optimizer
+    totals: torch.Tensor
+    step: int = 0
+
+    def parts(self) -> dict:
+        """Networks and optimisers by their names in a checkpoint."""
+        return {name: getattr(self, name) for name in ("netG", "netD", "netG_ema", "optG", "optD")}
+
+    def refuse_divergence(self, outdir: Path) -> None:
+        """Raise UserError when a loss is NaN or infinite."""
+        if not self.totals.isfinite().all():
+            raise UserError(
+                f"a loss is NaN or infinite near step {self.step}: training has diverged; "
+                f"{name_last_checkpoint(outdir)}; start again in another --outdir with another --seed or a lower --lr"
+            )
+
+
+def settle_args(args: argparse.Namespace) -> None:
+    """Give `args` the flags of the training that --resume goes on with, or the sizes of the networks of --init.
+
+    Flags on the command line stay. Afterwards args.resume says whether there is a checkpoint.
+    """
+    if args.resume:
+        args.resume, saved = distributed.from_first_rank(lambda: (holds_training(args.outdir), read_args(args.outdir)))
+        if args.resume:
+            continue_args(args, saved)
+        elif distributed.is_first_rank():
+            print(f"--resume: there is no training in {args.outdir} yet; this starts one", file=sys.stderr)
+    if args.init and not args.resume:
+        _, _, sizes = read_networks(args.init)
+        for name, value in sizes.items():
+            if name in args.given and getattr(args, name) != value:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {getattr(args, name)}, but {args.init} has {value}; leave out --{flag}")
+            setattr(args, name, value)
+
+
+def holds_training(outdir: Path) -> bool:
+    return any((outdir / name).exists() for name in CHECKPOINTS)
+
+
+def continue_args(args: argparse.Namespace, saved: dict) -> None:
+    """Set the flags of `args` that the command line does not give to those of args.json, in their latest form."""
+    for changes in saved.get("resumed", []):
+        saved = saved | changes
+    if "recipe" in args.given and saved.get("recipe", args.recipe) != args.recipe:
+        raise UserError(f"--resume: --recipe was {saved['recipe']} in {args.outdir}, now {args.recipe}; leave it out")
+    for name in vars(args).keys() & saved.keys() - {*args.given, "resume", "outdir"}:
+        value = saved[name]
+        setattr(args, name, Path(value) if name in ("dataroot", "init") and value else value)
+
+
+def read_networks(path: Path) -> tuple[dict, dict, dict]:
+    """(state dict of G, its EMA weights where there are any; state dict of D; {flag: size}) of the file of --init.
+
+    Raises UserError, which names the file, when it holds no such pair.
+    """
+    networks = find_networks(load_tensors(path, INIT_REMEDY), "main.0.weight")
+    networks = {name: state for name, state in networks.items() if kernels_of(state)}
+    discriminators = [state for state in networks.values() if is_discriminator(kernels_of(state))]
+    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
+    ema = [name for name in ("netG_ema", "average", "netG") if name in generators]
+    if len(discriminators) != 1 or not ema:
+        raise UserError(f"{path} does not hold a generator netG and a discriminator; {INIT_REMEDY}")
+    netG, netD = generators[ema[0]], discriminators[0]
+    kernels = kernels_of(netG)
+    sizes = {"image_size": 2 ** (len(kernels) + 1), "nz": kernels[0].shape[0], "ngf": kernels[-1].shape[0]}
+    sizes |= {"ndf": kernels_of(netD)[0].shape[0], "group_norm": not any("running_mean" in name for name in netD)}
+    return netG, netD, sizes
+
+
+def load_networks(state: TrainState, path: Path) -> None:
+    """Start G and its EMA weights from the EMA weights in the file of --init, and D from its D. Raises UserError."""
+    netG, netD, _ = read_networks(path)
+    try:
+        state.netG.load_state_dict(netG)
+        state.netG_ema.load_state_dict(netG)
+        state.netD.load_state_dict(netD)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds other networks ({printable(error)[:100]}); {INIT_REMEDY}") from None
 
 
 def refuse_unequal_ranks(args: argparse.Namespace, device: torch.device) -> None:
@@ -58,19 +151,20 @@ def save_params(state: TrainState, outdir: Path) -> None:
     write_args(read_args(outdir) | {"sha256": digests}, outdir)
 
 
-def save_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO | None) -> None:
-    """Write everything that the next step depends on. Only the process that has the file `log` writes; the others wait.
+def save_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
+    """Write everything that the next step depends on. The first process writes, and the others wait.
 
     The rows of the log reach the disk before the checkpoint does, and the previous checkpoint stays until the new one
     is whole. Raises UserError when a loss is NaN or infinite, so that no checkpoint holds such a state.
     """
     state.refuse_divergence(args.outdir)
-    distributed.first_rank_writes(lambda: write_checkpoint(state, args, log))
+    distributed.first_rank_writes(lambda: write_checkpoint(state, args))
 
 
-def write_checkpoint(state: TrainState, args: argparse.Namespace, log: TextIO) -> None:
+def write_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
     """Replace the previous checkpoint by the newest, and the newest by `state`."""
-    os.fsync(log.fileno())
+    with (args.outdir / "log.jsonl").open("a") as log:
+        os.fsync(log.fileno())
     content = {name: part.state_dict() for name, part in state.parts().items()}
     content |= {"step": state.step, "totals": state.totals, "fixed": {name: getattr(args, name) for name in FIXED}}
     newest, previous = (args.outdir / name for name in CHECKPOINTS)
@@ -89,6 +183,8 @@ def load_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
     name, content = distributed.from_first_rank(lambda: read_checkpoint(args.outdir))
     try:
         refuse_other_settings(content["fixed"], args)
+        if "average" in content:  # the name of netG_ema in older checkpoints
+            content["netG_ema"] = content.pop("average")
         for part, value in state.parts().items():
             value.load_state_dict(content[part])
         state.step = int(content["step"])
@@ -130,17 +226,19 @@ def refuse_other_settings(fixed: dict, args: argparse.Namespace) -> None:
             raise UserError(f"--resume: {message}; use the same, or start again in another --outdir")
 
 
-def save_args(args: argparse.Namespace, device: torch.device, world_size: int, step: int) -> None:
+def save_args(args: argparse.Namespace, device: torch.device, step: int) -> None:
     """Write args.json: flags, versions, device and data, all that the result depends on.
 
     A training that goes on from `step` keeps what it began with, and adds what differs to the list "resumed".
     """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del settings["given"]
+    _, world_size = distributed.rank_and_world_size()
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     settings |= {"device_type": device.type, "device_name": device_name, "processes": world_size}
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
     settings |= {"python": platform.python_version(), "git_commit": git_commit(), "threads": torch.get_num_threads()}
-    first = read_args(args.outdir)
+    first = read_args(args.outdir) if args.resume else {}
     if first:
         changes = {name: value for name, value in settings.items() if first.get(name) != value}
         settings = first | {"resumed": [*first.get("resumed", []), {"step": step} | changes]}

@@ -12,7 +12,10 @@ from torch.nn.functional import linear, pad
 
 
 class ConvTransposeFrom1x1(nn.ConvTranspose2d):
-    """ConvTranspose2d(B, C, 4) of a map of one pixel: (N,B,1,1) -> (N,C,4,4)."""
+    """ConvTranspose2d(B, C, 4, bias=False) of a map of one pixel: (N,B,1,1) -> (N,C,4,4)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, 1, 0, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
@@ -20,7 +23,10 @@ class ConvTransposeFrom1x1(nn.ConvTranspose2d):
 
 
 class ConvTransposeFrom4x4(nn.ConvTranspose2d):
-    """ConvTranspose2d(B, C, 4, 2, 1) for small maps: (N,B,H,W) -> (N,C,2H,2W)."""
+    """ConvTranspose2d(B, C, 4, 2, 1, bias=False) for small maps: (N,B,H,W) -> (N,C,2H,2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, 2, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
@@ -31,7 +37,10 @@ class ConvTransposeFrom4x4(nn.ConvTranspose2d):
 
 
 class ConvTo4x4(nn.Conv2d):
-    """Conv2d(B, C, 4, 2, 1) for small maps: (N,B,H,W) -> (N,C,H/2,W/2)."""
+    """Conv2d(B, C, 4, 2, 1, bias=False) for small maps: (N,B,H,W) -> (N,C,H/2,W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, 2, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: a single launch in place of hundreds.
 
     with as_cuda_graph(step, [optD, optG], device) as launch:      # on the CPU, launch is step
-        launch(batch, z)
+        launch(inputs)
 
 Python takes several times as long to launch the kernels of a step as a GPU takes to run them.
 """
@@ -31,11 +31,12 @@ def as_cuda_graph(step: Callable, optimizers: Sequence, device: torch.device) ->
 
 
 class CudaGraph:
-    """Calls `step(*inputs)` WARM_UP times, then records it and replays the recording.
+    """Calls `step(inputs)` WARM_UP times, then records it and replays the recording.
 
-    A replay has the bits of a plain call. `inputs` are tensors of the same shapes and types in each call, on the CPU or
-    on the GPU. `optimizers` are those that the step uses. The step returns nothing: autograd nodes that outlive it are
-    tied to this stream, and a recording, which uses another stream, fails when it meets them.
+    A replay has the bits of a plain call. `inputs` is a NamedTuple of tensors, on the CPU or on the GPU and of the same
+    shapes and types in each call, or None. `optimizers` are those that the step uses. The step returns nothing:
+    autograd nodes that outlive it are tied to this stream, and a recording, which uses another stream, fails when it
+    meets them.
     """
 
     def __init__(self, step: Callable, optimizers: Sequence[torch.optim.Optimizer], device: torch.device):
@@ -43,14 +44,16 @@ class CudaGraph:
         self.steps_without_graph = WARM_UP
         self.graph = self.inputs = None
 
-    def __call__(self, *inputs: torch.Tensor) -> None:
+    def __call__(self, inputs: tuple) -> None:
         if self.inputs is None:
-            self.inputs = [torch.empty_like(x, device=self.device) for x in inputs]
+            recorded = (None if x is None else torch.empty_like(x, device=self.device) for x in inputs)
+            self.inputs = type(inputs)(*recorded)
         for recorded, new in zip(self.inputs, inputs):
-            recorded.copy_(new if new.is_cuda else new.pin_memory(), non_blocking=True)
+            if new is not None:
+                recorded.copy_(new if new.is_cuda else new.pin_memory(), non_blocking=True)
         if self.steps_without_graph:
             self.steps_without_graph -= 1
-            self.step(*self.inputs)
+            self.step(self.inputs)
             return
         if self.graph is None:
             self.record()
@@ -64,6 +67,6 @@ class CudaGraph:
             group["capturable"] = True  # Adam requires it during a recording and warns about it elsewhere
         # thread_local: other threads may allocate pinned memory, and NCCL's watchdog queries events meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.step(*self.inputs)
+            self.step(self.inputs)
         for group in groups:
             group["capturable"] = False

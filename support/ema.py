@@ -11,9 +11,12 @@ from torch.optim.swa_utils import update_bn
 from support.seeding import step_latents
 
 
-def ema_weight(step: int, decay: float) -> float:
-    """1 - the decay after `step` steps, which grows from 0 to `decay`, so that short trainings profit too."""
-    return 1 - min(decay, step / (step + 10))
+def ema_weight(step: int, decay: float, warm_up: bool = True) -> float:
+    """1 - the decay after `step` steps.
+
+    With `warm_up` the decay grows from 0 to `decay`, so that the EMA weights soon forget random initial weights.
+    """
+    return 1 - (min(decay, step / (step + 10)) if warm_up else decay)
 
 
 @torch.no_grad()

@@ -142,15 +142,13 @@ def name_last_checkpoint(outdir: Path) -> str:
 
 
 def check_outdir(outdir: Path, resume: bool) -> None:
-    """Raise UserError when `outdir` holds a training, or with `resume` when it holds none."""
+    """Raise UserError when `outdir` holds a training that is not to be resumed, or another training's parameters."""
     shown = printable(outdir)
     has_checkpoint = any((outdir / name).exists() for name in CHECKPOINTS)
     if has_checkpoint and not resume:
         raise UserError(f"{shown} holds a training; go on by --resume, or choose another --outdir")
     if not has_checkpoint and (outdir / "generator.params").exists():
         raise UserError(f"{shown} holds the generator.params of another training; choose another --outdir")
-    if resume and not has_checkpoint:
-        raise UserError(f"--resume: there is no checkpoint in {shown}; leave out --resume to start one")
 
 
 def open_outdir(outdir: Path, resume: bool) -> TextIO:

@@ -24,7 +24,7 @@ class Bomb:
     ("netG", Bomb(), "Python objects"),
     ("netG", {}, "loading state_dict"),
     ("netD", {"main.0.weight": torch.zeros(1).expand(2**20, 2**20)}, "claims"),
-    ("average", {"main.0.weight": torch.zeros(3)}, "loading state_dict"),
+    ("netG_ema", {"main.0.weight": torch.zeros(3)}, "loading state_dict"),
     ("optG", {"state": {}, "param_groups": []}, "param"),
     ("optD", {"state": 7}, "not a checkpoint"),
     ("step", "many", "not a checkpoint"),

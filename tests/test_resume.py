@@ -39,6 +39,55 @@ def test_args_json_keeps_what_a_training_began_with(dataroot, tmp_path, monkeypa
         assert metadata["sha256"][name] == hashlib.sha256(content).hexdigest()
 
 
+def test_resume_needs_the_folder_alone(dataroot, tmp_path, capsys):
+    """The flags are those of args.json. A later --epochs is kept, too."""
+    flags = ["--batch-size", 16, "--ema", 0.9, "--recipe", "best", "--epochs", 1]
+    run_training(dataroot, tmp_path / "parts", *flags)
+    train.main(["--resume", "--outdir", str(tmp_path / "parts"), "--epochs", "3"])
+    train.main(["--resume", "--outdir", str(tmp_path / "parts")])
+    run_training(dataroot, tmp_path / "whole", *flags[:-1], 3)
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("flag, words", [
+    (["--batch-size", "16"], "--batch-size was 8 in .*, now 16"),
+    (["--recipe", "best"], "--recipe was report in .*, now best"),
+    (["--precision", "bf16"], "--precision was fp32 in .*, now bf16"),
+])
+def test_a_flag_that_must_not_change_is_refused_by_name(trained, tmp_path, flag, words):
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        train.main(["--resume", "--outdir", str(tmp_path / "run"), "--epochs", "3", *flag])
+
+
+def test_resume_without_a_training_starts_one(dataroot, tmp_path, trained, capsys):
+    """So that a queue can run one command again and again."""
+    run_training(dataroot, tmp_path / "run", "--epochs", 2, "--resume")
+    assert "there is no training in" in capsys.readouterr().err
+    assert_same_training(trained, tmp_path / "run")
+
+
+def test_deleted_parameters_of_a_finished_training_are_written_again(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("generator.params", "generator_raw.params"):
+        (tmp_path / "run" / name).unlink()
+    train.main(["--resume", "--outdir", str(tmp_path / "run")])
+    assert_same_training(trained, tmp_path / "run")
+
+
+def test_a_checkpoint_of_older_versions_is_taken(dataroot, tmp_path, trained):
+    """They called the EMA weights "average", and the hash of the images data_sha256; their args.json may be gone."""
+    shutil.copytree(trained, tmp_path / "run")
+    content = load(trained / "checkpoint.pt")
+    content["average"] = content.pop("netG_ema")
+    content["fixed"]["data_sha256"] = content["fixed"].pop("images_sha256")
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "run" / "args.json").unlink()
+    run_training(dataroot, tmp_path / "run", "--epochs", 3, "--resume")
+    run_training(dataroot, tmp_path / "whole", "--epochs", 3)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
 def test_the_same_images_in_memory_and_from_files_are_recognised(dataroot, tmp_path, monkeypatch):
     """Also as other PNGs. Other pixels under the same names are refused."""
     run_training(dataroot, tmp_path / "run", "--epochs", 1)
@@ -51,15 +100,6 @@ def test_the_same_images_in_memory_and_from_files_are_recognised(dataroot, tmp_p
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     with pytest.raises(UserError, match="the training images differ"):
         run_training(tmp_path / "data", tmp_path / "run", *flags, 3)
-
-
-def test_a_checkpoint_with_another_hash_of_the_images_is_taken(dataroot, tmp_path, trained):
-    """Older versions called theirs data_sha256."""
-    shutil.copytree(trained, tmp_path / "run")
-    content = load(trained / "checkpoint.pt")
-    content["fixed"]["data_sha256"] = content["fixed"].pop("images_sha256")
-    torch.save(content, tmp_path / "run" / "checkpoint.pt")
-    run_training(dataroot, tmp_path / "run", "--epochs", 3, "--resume")
 
 
 @pytest.mark.parametrize("precision, processes, number", [("fp32", 1, signal.SIGKILL), ("bf16", 2, signal.SIGTERM)])

@@ -23,7 +23,8 @@ def take_steps(state, args, count):
     """Steps 0 to `count` on black images."""
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
     for step in range(count):
-        train.train_step(state, EAGER, images, *train.step_inputs(args, step, torch.arange(8)))
+        inputs = train.step_inputs(args, step, torch.arange(8))
+        train.train_step(state, images, EAGER, args.colour_weight, inputs)
 
 
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--colour-weight", "3"]])
@@ -45,9 +46,10 @@ def test_20_steps_equal_a_plain_loop(dataroot, flags, monkeypatch):
     for step in range(20):
         real = to_float(next(iter(make_loader(dataset, 8, 0, step)))).double()
         z = step_latents(0, step, 8, 8).double()
-        u = draw_augmentations(0, step, 8, 64).double() if flags else [None] * 3
-        inputs = (real.contiguous(memory_format=torch.channels_last), z, u)
-        train.update_networks(state, EAGER, *inputs[: 3 if flags else 2])
+        channels_last = real.contiguous(memory_format=torch.channels_last)
+        u = draw_augmentations(0, step, 8, 64).double() if flags else None
+        train.update_networks(state, EAGER, 3 if flags else 0, channels_last, z, u)
+        u = [None] * 3 if u is None else u
 
         netD.zero_grad()
         errD_real = criterion(netD(augment(real, u[0])), ones)
@@ -77,7 +79,7 @@ def test_compiled_steps_equal_eager_steps(monkeypatch):
     for step in range(3):
         real = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(step)) * 2 - 1
         for state in states:
-            train.update_networks(state, EAGER, real, step_latents(0, step, 8, 8))
+            train.update_networks(state, EAGER, 0, real, step_latents(0, step, 8, 8), None)
     assert states[0].totals.tolist() == pytest.approx(states[1].totals.tolist(), rel=1e-5)
     for eager, compiled in zip(states[0].netG.parameters(), states[1].netG.parameters()):
         assert (eager - compiled).abs().max() < 1e-5
@@ -102,7 +104,7 @@ def test_losses_by_hand():
     state.netD = Constant()
     state.optD = torch.optim.SGD(state.netD.parameters(), 1.0)
     logit = torch.tensor(1 / 3).log().item()
-    train.update_networks(state, EAGER, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8))
+    train.update_networks(state, EAGER, 0, torch.zeros(8, 3, 64, 64), step_latents(0, 0, 8, 8), None)
     after = torch.sigmoid(torch.tensor(logit - ((0.25 - 1) + 0.25)))  # d/dlogit of both losses
     expected = [torch.tensor([0.25, 0.75]).log().neg().sum().item(), after.log().neg().item(), 0.25, 0.25]
     assert state.totals.tolist() == pytest.approx(expected, rel=1e-4)
@@ -114,7 +116,7 @@ def test_a_step_of_one_network_leaves_the_other_unchanged(frozen, moving, lr):
     getattr(state, lr).param_groups[0]["lr"] = 0.0  # the gradients are still computed
     before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("netG", "netD")}
     real = torch.rand(8, 3, 64, 64) * 2 - 1
-    train.update_networks(state, EAGER, real, step_latents(0, 0, 8, 8))
+    train.update_networks(state, EAGER, 0, real, step_latents(0, 0, 8, 8), None)
     same = {
         name: [torch.equal(a, b) for a, b in zip(before[name], getattr(state, name).parameters())] for name in before
     }
@@ -157,7 +159,7 @@ def test_bf16_tracks_fp32(dataroot):
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
         for step in range(200):
             real = to_float(next(iter(make_loader(dataset, 8, 0, step))))
-            train.update_networks(state, autocast, real, step_latents(0, step, 8, 8))
+            train.update_networks(state, autocast, 0, real, step_latents(0, step, 8, 8), None)
             if step % 50 == 49:
                 means[enabled].append(state.totals / 50)
                 state.totals = torch.zeros(4)

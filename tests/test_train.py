@@ -13,14 +13,14 @@ import generator
 import preprocess
 import train
 from support.files import UserError
-from support.train_state import Throughput
-from support.training_log import FIELDS, log_row, save_summary
+from support.training_log import FIELDS, TrainingLog, save_summary
 
 
 def test_a_recipe_sets_flags_and_an_explicit_flag_wins():
     report, best = train.parse_args([]), train.parse_args(["--recipe", "best"])
     changed = {name for name in vars(report) if getattr(report, name) != getattr(best, name)}
-    assert changed == {"recipe", "batch_size", "augment", "group_norm", "colour_weight", "ema"}
+    assert changed == {"recipe", "batch_size", "augment", "group_norm", "colour_weight", "ema", "given"}
+    assert report.given == [] and best.given == ["recipe"]
     explicit = train.parse_args(["--batch-size", "64", "--recipe", "best"])
     assert explicit.batch_size == 64 and explicit.augment and explicit.recipe == "best"
     assert not train.parse_args(["--no-augment", "--recipe", "best"]).augment
@@ -44,7 +44,7 @@ def test_outputs(trained):
     assert names >= {"generator.params", "generator_raw.params", "checkpoint.pt", "checkpoint_previous.pt", "args.json"}
     rows = log_rows(trained)
     fields = ["step", "epoch", "images_seen", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec"]
-    assert rows and all(list(row) == fields for row in rows)
+    assert rows and all(list(row) == [*fields, "epoch_images_per_sec"] for row in rows)  # each epoch has one row
     assert rows[-1]["images_seen"] == rows[-1]["step"] * 8 and rows[-1]["epoch"] == 2
     assert all(0 < row["d_real"] < 1 and row["loss_d"] > 0 for row in rows)
     with Image.open(trained / "samples" / "epoch_002.png") as grid:
@@ -104,12 +104,14 @@ def test_spawned_worker_processes(dataroot, tmp_path, request, shared_memory):
 def test_a_warning_when_the_discriminator_has_won(tmp_path, capsys):
     args = small_args("--outdir", str(tmp_path))
     state = train.make_state(args, torch.device("cpu"))
+    log = TrainingLog(tmp_path, step=0, images=800, batch_size=8, signals=[], score=None)
     for loss_d, has_won in ((0.5, False), (1e-4, True)):
         state.step += 20
         state.totals.copy_(20 * torch.tensor([loss_d, 5, 0.9, 0.1]))
-        with (tmp_path / "log.jsonl").open("a") as log:
-            row = log_row(state, args, 1, 20, Throughput(0), log)
-        assert row["loss_d"] == pytest.approx(loss_d) and ("D has won" in capsys.readouterr().err) == has_won
+        log.add_row(state, 20)
+        assert log_rows(tmp_path)[-1]["loss_d"] == pytest.approx(loss_d)
+        assert ("D has won" in capsys.readouterr().err) == has_won
+    log.close()
 
 
 def test_a_damaged_picture_of_samples_is_left_out_of_the_animation(tmp_path):
@@ -121,6 +123,39 @@ def test_a_damaged_picture_of_samples_is_left_out_of_the_animation(tmp_path):
     save_summary(tmp_path)
     with Image.open(tmp_path / "training.gif") as animation:
         assert animation.size == (8, 8)
+
+
+def test_the_animation_of_a_long_training_is_short_and_small(tmp_path):
+    """Epochs in the order of their numbers, at most 60 of them, never wider than 512 pixels."""
+    (tmp_path / "samples").mkdir()
+    for number in (1, 5, *range(990, 1100)):
+        shade = number % 256
+        Image.new("RGB", (600, 300), (shade, shade, shade)).save(tmp_path / "samples" / f"epoch_{number:03d}.png")
+    save_summary(tmp_path)
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.size == (512, 256) and animation.n_frames == 60
+        shades = []
+        for frame in range(60):
+            animation.seek(frame)
+            shades.append(animation.convert("RGB").getpixel((0, 0))[0])
+    assert shades[0] == 1 and shades[-1] == 1099 % 256
+    assert shades[2:] == sorted(shades[2:], key=lambda shade: shade if shade > 200 else shade + 256)
+
+
+@pytest.mark.parametrize("names, draws", [([], True), (["demo_0_000000", "demo_0_000001"], True), (["a", "b"], False)])
+def test_a_demo_that_was_cut_short_is_completed(tmp_path, monkeypatch, names, draws):
+    """And nothing is drawn into somebody's own crops."""
+    folder = tmp_path / "64" / "train"
+    folder.mkdir(parents=True)
+
+    def save(name):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+
+    for name in names:
+        save(name)
+    monkeypatch.setattr(preprocess, "main", lambda flags: [save(f"demo_0_{number:06d}") for number in range(9)])
+    args = train.parse_args(["--demo", "--dataroot", str(tmp_path), "--batch-size", "2"])
+    assert len(train.open_dataset(args)) == (9 if draws else len(names))
 
 
 def test_nan_stops_the_training(dataroot, tmp_path, run_script, refused):

@@ -15,9 +15,9 @@ import train  # noqa: E402
 train_step, seen = train.train_step, []
 
 
-def train_step_and_save(state, autocast, images, batch, *others):
-    seen.append(images[batch])
-    train_step(state, autocast, images, batch, *others)
+def train_step_and_save(state, images, autocast, colour_weight, inputs):
+    seen.append(images[inputs.batch])
+    train_step(state, images, autocast, colour_weight, inputs)
     parts = {name: part.state_dict() for name, part in state.parts().items()}
     torch.save({**parts, "seen": torch.cat(seen)}, f"rank{os.environ['RANK']}.pt")
 
