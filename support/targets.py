@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.files import UserError, printable, refuse_existing
+from support.files import UserError, check_outputs, printable, refuse_existing
 
 LATENTS_REMEDY = "make one with --project"
 
@@ -26,6 +26,12 @@ def arithmetic_target(args: argparse.Namespace) -> Path:
     path = path_next_to(args.outdir, "_arithmetic.png")
     refuse_existing([path], args.overwrite, "--outdir")
     return path
+
+
+def page_target(args: argparse.Namespace) -> Path:
+    """Path of the HTML page."""
+    check_outputs({"--page": args.page}, args.overwrite, [args.params, *(args.latents or ())])
+    return args.page
 
 
 def projection_targets(args: argparse.Namespace) -> list[list[Path]]:
