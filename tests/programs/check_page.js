@@ -19,6 +19,7 @@ addEventListener("load", async () => {
   const drawn = () => until(() => drawings && !current && !wanted.size);
   const pixels = (canvas) => Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data);
   const buttons = () => Array.from($("faces").children);
+  const names = () => buttons().map((button) => button.getAttribute("aria-label"));
   const faces = () => buttons().slice(0, 16).map((button) => pixels(button.firstChild));
   const click = async (element) => {
     const shown = $("faces").firstChild;
@@ -28,34 +29,38 @@ addEventListener("load", async () => {
   };
   const slide = async (value) => {
     slider.value = value;
-    slider.dispatchEvent(new Event("input"));
+    slider.oninput();
     await drawn();
     return pixels(large);
   };
 
   await drawn();
   const report = {errors, first: faces(), first_drawings: drawings};
-  report.names = buttons().map((button) => button.getAttribute("aria-label"));
+  report.names = names();
   await click(buttons()[3]);
   await click(buttons()[5]);
   report.morph = [await slide(0), await slide(50), await slide(100)];
 
-  const link = await new Promise((resolve) => {
-    addEventListener("hashchange", () => resolve(location.hash), {once: true});
-    $("new").click();
-  });
+
+  slider.value = 30;
+  slider.oninput();
+  $("new").click();
+  await until(() => location.hash && !$("link").hidden);
+  const link = location.hash, linked = names();
   drawings = 0;
   await click($("new"));  // while the faces of the first click are drawn
   report.new_drawings = drawings;
+  report.large = large.face.name;
   report.new = faces();
   await click($("like"));
   report.like = faces();
   await click($("first"));
   report.first_again = faces();
   location.hash = link;
-  await until(() => location.hash === link && buttons()[0].face.name.startsWith("face 1 "));
+  await until(() => names()[0] === linked[0]);
   await drawn();
   report.linked = faces();
+  report.latent = Array.from(latents(1, 1)[0]).slice(0, 4);
   report.window_width = innerWidth;
   report.visible_width = document.documentElement.clientWidth;
   report.content_width = document.documentElement.scrollWidth;
