@@ -28,7 +28,7 @@ BROWSERS = {
 }
 SET_1 = [1.404339, 1.215755, -0.510377, -0.251818]  # the latent of its first face begins so in every browser
 # What the page must not hold: addresses, and what could load or send something.
-OUTSIDE = r"https?:|//[\w-]+\.|\bsrc=|url\(|@import|\bimport\b|importScripts|fetch\(|XMLHttpRequest|WebSocket|sendBeacon"
+OUTSIDE = r"https?:|//[\w-]+\.|\bsrc=|url\(|\bimport\b|importScripts|fetch\(|XMLHttpRequest|WebSocket|sendBeacon"
 
 
 def write_page(folder, *flags, nz=16, ngf=8, image_size=64):
@@ -134,7 +134,8 @@ def test_a_browser_draws_the_faces_of_generator(browser, worker, nz, ngf, size, 
     def assert_drawn(pixels, z):
         pixels = np.array(pixels).reshape(len(z), size, size, 4)
         assert (pixels[..., 3] == 255).all()
-        assert abs(pixels[..., :3] - generator.draw(netG, z).permute(0, 2, 3, 1).int().numpy()).max() <= 1
+        difference = abs(pixels[..., :3] - generator.draw(netG, z).permute(0, 2, 3, 1).int().numpy())
+        assert difference.max() <= 1 and difference.mean() < 0.1  # the page's weights have half precision
 
     assert seen["errors"] == ([] if worker else ["worker-src"])
     assert_drawn(seen["first"], latents(range(16), nz))
