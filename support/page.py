@@ -1,11 +1,12 @@
 """One HTML file that draws the faces of a generator in any browser, without a network: page.html plus its weights.
 
-    write_page(Path("faces.html"), netG, {"seed 7": latents([7])[0]}, "generator.params")
+    write_page(Path("faces.html"), netG, [("seed 7", latents([7])[0])], "generator.params")
 """
 
 import argparse
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,16 +24,17 @@ BLOCK = 8  # columns of a weight matrix that the page's multiply() computes toge
 def draw_page(args: argparse.Namespace, netG: nn.Module) -> str:
     """The page of generator.py's --page: the faces of --latents, then those of --seeds."""
     path = page_target(args)
-    seeds = dict(zip((f"seed {seed}" for seed in args.seeds), latents(args.seeds, netG.nz)))
-    write_page(path, netG, read_latents(args.latents or (), netG.nz) | seeds, args.params.name)
-    return f"{len(args.seeds)} faces and new ones in {path}; open it in a browser"
+    named = read_latents(args.latents or (), netG.nz)
+    seeds = zip((f"seed {seed}" for seed in args.seeds), latents(args.seeds, netG.nz))
+    write_page(path, netG, [*named.items(), *seeds], args.params.name)
+    return f"a page of {args.params} in {path}; open it in a browser"
 
 
-def write_page(path: Path, netG: nn.Module, named: dict[str, torch.Tensor], generator: str) -> None:
+def write_page(path: Path, netG: nn.Module, faces: Sequence[tuple[str, torch.Tensor]], generator: str) -> None:
     """Write the page of `netG` to `path`, whole or not at all. Raises UserError.
 
-    The page draws the faces of the latents (nz,1,1) in `named` first. It holds the weights of the convolutions in half
-    precision. `generator` is the name that it gives to the generator.
+    The page draws `faces` first, which are pairs of a name and a latent (nz,1,1). It holds the weights of the
+    convolutions in half precision. `generator` is the name that it gives to the generator.
     """
     convolutions = [module for module in netG.main if isinstance(module, nn.ConvTranspose2d)]
     norms = [module for module in netG.main if isinstance(module, nn.BatchNorm2d)]
@@ -43,8 +45,8 @@ def write_page(path: Path, netG: nn.Module, named: dict[str, torch.Tensor], gene
         "channels": [netG.nz, *(conv.out_channels for conv in convolutions)],
         "scales": [scale.tolist() for scale in scales],
         "biases": [bias.tolist() for bias in biases],
-        "names": [printable(name) for name in named],
-        "latents": [z.flatten().tolist() for z in named.values()],
+        "names": [printable(name) for name, _ in faces],
+        "latents": [z.flatten().tolist() for _, z in faces],
     }
     weights = base64.b64encode(b"".join(pack(conv.weight) for conv in convolutions))
     text = json.dumps(data).replace("<", "\\u003c")  # a name could hold </script>
