@@ -6,6 +6,7 @@
     python generator.py --arithmetic "1,2,3 - 4,5,6 + 7,8,9"   # a sum of the mean faces of three groups of seeds
     python generator.py --project me.jpg you.jpg               # the faces that come nearest to photos -> projections/
     python generator.py --latents projections/me.latents projections/you.latents --interpolate --outdir morph
+    python generator.py --page faces.html                      # a page that draws faces in any browser, offline
     torchrun --nproc-per-node 4 -- generator.py --seeds 0-9999 # four GPUs share the faces
 
 Image size and widths follow from the weights. Weights of the PyTorch DCGAN tutorial (netG_epoch_N.pth) work too,
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask", type=Path, help="for --project: fill the part of each photo where this image is white")
     add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
     add("--interpolate", action="store_true", help="also draw a morph of 8 faces, <outdir>_interpolation.gif")
+    add("--page", type=Path, metavar="FILE", help="instead write an HTML page that draws these faces and new ones")
     add("--outdir", type=Path, help="folder for the pictures (default: faces; projections for --project)")
     add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
@@ -59,8 +61,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mask and not args.project:
         parser.error("--mask goes with --project")
-    if (args.grid or args.interpolate) and (args.project or args.arithmetic):
-        parser.error("--grid and --interpolate go with --seeds or --latents")
+    if (args.grid or args.interpolate or args.page) and (args.project or args.arithmetic):
+        parser.error("--grid, --interpolate and --page go with --seeds or --latents")
+    if args.page and (args.grid or args.interpolate or args.outdir):
+        parser.error("--page writes one file alone; leave out --grid, --interpolate and --outdir")
     args.outdir = args.outdir or Path("projections" if args.project else "faces")
     return args
 
@@ -78,6 +82,7 @@ from support import distributed
 from support.devices import DTYPES, explain_out_of_memory
 from support.images import encode_png, image_grid, save_animation, save_image, side_by_side, to_pil
 from support.latent_space import arithmetic, interpolate, mean_latent, neighbours, read_latents
+from support.page import draw_page
 from support.projection import ITERATIONS, complete, project, psnr, read_photo
 from support.seeding import latents
 from support.weights import add_counters, check_tensors, find_generator, kernels_of, load_tensors, save_tensors
@@ -158,10 +163,8 @@ def make_outdir(outdir: Path) -> None:
 
 def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
     """The faces of --seeds or --latents, --grid and --interpolate. The processes of torchrun share the faces."""
-    named = read_latents(args.latents) if args.latents else {}
+    named = read_latents(args.latents or (), netG.nz)
     z = torch.stack(list(named.values())) if named else None
-    if named and z.shape[1] != netG.nz:
-        raise UserError(f"--latents have a length of {z.shape[1]}, but {args.params} takes {netG.nz}; give others")
     paths, grid, animation = face_targets(args, named or args.seeds)
     make_outdir(args.outdir)
     distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
@@ -228,11 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.joined_ranks(args.device) as device:
         args.params = choose_params(args.params)
         netG = load_generator(args.params, device, args.precision)
-        if not (args.arithmetic or args.project):
+        if not (args.arithmetic or args.project or args.page):
             message = draw_faces(args, netG)
             distributed.wait_for_ranks()
         elif distributed.is_first_rank():
-            message = (draw_arithmetic if args.arithmetic else project_photos)(args, netG)
+            message = (draw_page if args.page else draw_arithmetic if args.arithmetic else project_photos)(args, netG)
         if distributed.is_first_rank():
             print(message)
 

@@ -197,6 +197,12 @@ def arithmetic_target(args: argparse.Namespace) -> Path:
     return path
 
 
+def page_target(args: argparse.Namespace) -> Path:
+    """Path of the HTML page."""
+    check_outputs({"--page": args.page}, args.overwrite, [args.params, *(args.latents or ())])
+    return args.page
+
+
 def projection_targets(args: argparse.Namespace) -> list[list[Path]]:
     """Paths of the latents and of the one or two pictures of each photo, which must exist."""
     for photo in filter(None, (*args.project, args.mask)):

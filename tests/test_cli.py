@@ -73,6 +73,9 @@ def test_help_needs_no_torch(run_without_torch, script):
     ("generator --seeds 1 --params page.pth", "page.pth is an HTML page"),
     ("generator --seeds 0-9", "00000007.png exists"),
     ("generator --latents page.pth", "page.pth is an HTML page"),
+    ("generator --page page.pth", "page.pth exists; choose another --page"),
+    ("generator --page a.html --grid", "--page writes one file alone"),
+    ("generator --page a.html --arithmetic 1", "--page go with --seeds or --latents"),
     ("generator --project nowhere.jpg", "nowhere.jpg cannot be read"),
     ("generator --project faces/00000007.png --outdir run", "00000007.latents exists"),
     ("generator --arithmetic 1+2", "--arithmetic: '1+2'"),
@@ -123,6 +126,7 @@ def test_names_that_are_not_utf8(tmp_path, run_script, weights, params):
         ["evaluate.py", *flags, *outputs],
         ["evaluate.py", *flags[:-4], "--images", f"{name}.npz", "--real", f"{name}.npz"],
         ["generator.py", "--params", params, "--seeds", "0", "--outdir", f"{name}/faces", "--grid"],
+        ["generator.py", "--params", params, "--page", f"{name}.html"],
         ["train.py", *small, "--dataroot", name, "--outdir", f"{name}/run"],
         ["preprocess.py", images, "--dataroot", f"{name}/out", "--sizes", "32", "--workers", "0"],
     ):
