@@ -42,6 +42,8 @@ from support.sources import CROP_NOTE, SPLITS, Photo, list_photos, open_zip, ski
 from support.splits import assign_splits
 from support.workers import count_cores, map_in_processes
 
+MAX_UNREADABLE = 0.01  # of the photos of a source; more are no accident, and the last line warns of them
+
 
 class Result(NamedTuple):
     """What became of one photo: why a size has no crop ("" where written), and why the photo gives none at all."""
@@ -174,10 +176,14 @@ def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result]
     for photo in photos:
         kinds[photo.reason.partition(":")[0]] += photo.files
     del kinds[""]
+    unreadable = kinds["unreadable"]
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         parts.append(f"{counts} (listed in {args.dataroot / 'skipped.txt'})")
-    return "; ".join([*parts, f"{len(results) / max(seconds, 1e-9):,.0f} img/s"])
+    parts.append(f"{len(results) / max(seconds, 1e-9):,.0f} img/s")
+    if unreadable > MAX_UNREADABLE * len(photos):
+        parts.append(f"warning: {unreadable / len(photos):.0%} of the photos cannot be read")
+    return "; ".join(parts)
 
 
 def download(dataroot: Path) -> Path:

@@ -139,8 +139,11 @@ def skipped_lines(skipped: list[Photo]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def open_zip(src: Path) -> zipfile.ZipFile:
-    """The zip, opened once in each process: processes that share a file handle share its position too."""
+def open_zip(src: Path, process_id: int) -> zipfile.ZipFile:
+    """The zip, opened once in the process `process_id`. A worker must not read through the handle of its parent.
+
+    A forked worker inherits the parent's handle and shares its position, so that each would read the other's bytes.
+    """
     return zipfile.ZipFile(src)
 
 
@@ -158,7 +161,8 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
     """The file of `photo`. Raises any exception; its text is the reason."""
     if isinstance(photo.where, str):
         return read_file(Path(photo.where))
-    with open_zip(src).open(open_zip(src).infolist()[photo.where]) as file:
+    archive = open_zip(src, os.getpid())
+    with archive.open(archive.infolist()[photo.where]) as file:
         return file.read(MAX_BYTES)
 
 

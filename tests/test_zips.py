@@ -1,12 +1,16 @@
 """Photos in zip archives, and archives that are damaged or dangerous."""
 
+import multiprocessing
+import os
 import struct
 import zipfile
+from functools import partial
 
-from helpers import jpeg, named, skips
+import pytest
+from helpers import gradient, jpeg, named, skips
 
 import preprocess
-from support.sources import MAX_BYTES
+from support.sources import MAX_BYTES, list_photos, open_zip, read_bytes
 
 # Offsets in a central directory file header and sizes of records. APPNOTE.TXT, sections 4.3.7, 4.3.12 and 4.3.16.
 CENTRAL_DIRECTORY_SIGNATURE = b"PK\x01\x02"
@@ -58,6 +62,44 @@ def test_dangerous_zips(tmp_path, capsys):
     assert reasons["secret.jpg"] == "encrypted" and reasons["bomb.jpg"].startswith("too large")
     assert reasons["bz.jpg"] == "unusual compression" and "CRC" in reasons["torn.jpg"]
     assert "1 encrypted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_read_a_zip_that_holds_its_own_list(tmp_path, monkeypatch, capsys, method):
+    """As Kaggle's archive does. The parent opens the zip to read the list, and no worker may use that handle."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("list_eval_partition.csv", "".join(f"{number}.jpg,0\n" for number in range(80)))
+        for number in range(80):
+            archive.writestr(f"{number}.jpg", jpeg(gradient(100 + number, 140)))
+    monkeypatch.setattr(multiprocessing, "get_context", partial(multiprocessing.get_context, method))
+    out = tmp_path / "out"
+    preprocess.main([str(tmp_path / "photos.zip"), "--dataroot", str(out), "--sizes", "64", "--workers", "4"])
+    assert len(named(out)) == 80 and skips(out) == {}
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_handle_that_was_opened_before_a_fork_is_not_shared(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.jpg", jpeg())
+    photo = list_photos(tmp_path / "photos.zip", tmp_path)[0]
+    read_bytes(tmp_path / "photos.zip", photo)
+    position = open_zip(tmp_path / "photos.zip", os.getpid()).fp.tell()
+    child = os.fork()
+    if child == 0:
+        os._exit(read_bytes(tmp_path / "photos.zip", photo) != jpeg())
+    assert os.waitpid(child, 0)[1] == 0
+    assert open_zip(tmp_path / "photos.zip", os.getpid()).fp.tell() == position
+
+
+@pytest.mark.parametrize("bad, warned", [(1, False), (2, True)])
+def test_many_unreadable_photos_are_a_warning(tmp_path, capsys, bad, warned):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number in range(101):
+            archive.writestr(f"{number}.jpg", jpeg()[: 400 if number < bad else None])
+    preprocess.main([str(tmp_path / "photos.zip"), "--dataroot", str(tmp_path / "out"), "--sizes", "8", "--workers=0"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{bad} unreadable" in last and ("warning: 2% of the photos cannot be read" in last) == warned
 
 
 def test_truncated_zip(tmp_path, run_script, refused):
