@@ -26,7 +26,7 @@ from tqdm import tqdm
 from support.feature_stats import NpzImages, read_npz_images
 from support.file_kinds import holds_statistics
 from support.files import UserError, printable
-from support.photos import read_rgb
+from support.photos import Unreadable, read_rgb
 from support.sources import find_images, is_crop_folder
 from support.workers import count_cores, iterate_in_processes
 
@@ -35,20 +35,12 @@ SHOWN = 3  # files that a message names
 SEARCH = threading.Lock()  # threads that meet several unreadable files search for all of them once
 
 
-class Unreadable(UserError):
-    """One image cannot be read. DataGenerater names all such images in one message."""
-
-
 def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
     """The square image at `path`, uint8 (3,S,S), upright, RGB, resized to `image_size` where it has another size.
 
-    Raises UserError, which names the file, when it cannot be read or is not square.
+    Raises Unreadable when it cannot be read, and UserError when it is not square. Both name the file.
     """
-    try:
-        image = read_rgb(path)
-    except Exception as error:  # decoders raise any kind
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unreadable(f"{printable(path)} cannot be read ({printable(why)})") from None
+    image = read_rgb(path)
     if image.width != image.height:
         raise UserError(f"{printable(path)} is {image.width}x{image.height}, not square; make square crops of photos "
                         "with `python preprocess.py PHOTOS`")

@@ -11,40 +11,41 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.images import SOFTWARE
-from support.sources import OWN_PICTURE, Photo, read_bytes, read_file
+from support.files import UserError, printable
+from support.sources import Photo, read_bytes, read_file
 
 # Decoders that are fast, run no other program and know an image's size before they decode it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000  # decodes in under 5 s and 1 GiB in every format
 
 
+class Unreadable(UserError):
+    """A file gives no image."""
+
+
+class UnknownFormat(ValueError):
+    """A file is none of FORMATS."""
+
+
+def explain(error: Exception) -> str:
+    """Why a file gives no image, from what its decoder or the system raised."""
+    return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
 def open_image(data: bytes) -> Image.Image:
-    """An image of at most MAX_PIXELS, not decoded yet. Raises any exception; its text is the reason."""
+    """An image of at most MAX_PIXELS, not decoded yet. Raises any exception, for explain()."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image ({', '.join(FORMATS)})" if data else "an empty file") from None
+        raise UnknownFormat(f"it is none of {', '.join(FORMATS)}" if data else "an empty file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
     return image
 
 
-class OwnPicture(Exception):
-    """The file is a picture that our own scripts drew, not a photo."""
-
-
 def open_photo(src: Path, photo: Photo) -> Image.Image:
-    """A photo, not decoded yet. Raises OwnPicture, or any other exception; its text is the reason."""
-    image = open_image(read_bytes(src, photo))
-    if is_own_picture(image):
-        raise OwnPicture(OWN_PICTURE)
-    return image
-
-
-def is_own_picture(image: Image.Image) -> bool:
-    """Whether support/images.py wrote the file."""
-    return image.info.get("Software") == SOFTWARE or image.info.get("comment") == SOFTWARE.encode()
+    """A photo, not decoded yet. Raises any exception, for explain()."""
+    return open_image(read_bytes(src, photo))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -56,8 +57,11 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """The image in a file, upright, 8-bit RGB. Raises any exception; its text is the reason."""
-    return to_rgb(upright(open_image(read_file(path))))
+    """The image in a file, upright, 8-bit RGB. Raises Unreadable, which names the file and the reason."""
+    try:
+        return to_rgb(upright(open_image(read_file(path))))
+    except Exception as error:  # decoders raise any kind
+        raise Unreadable(f"{printable(path)} cannot be read ({explain(error)})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

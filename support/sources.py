@@ -1,6 +1,6 @@
-"""The files of a folder or a zip, without those that are no photos. Imports no torch.
+"""The files of a folder or a zip, and which of them are no photos. Imports no torch.
 
-    photos = list_photos(Path("img_align_celeba.zip"), Path("data"))
+    photos = list_photos(Path("img_align_celeba.zip"))
     data = read_bytes(Path("img_align_celeba.zip"), photos[0])
     paths = find_images(Path("data/64/train"))
 """
@@ -9,8 +9,8 @@ import os
 import re
 import stat
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,13 +19,11 @@ from typing import NamedTuple
 from support.files import UserError, printable
 
 MAX_BYTES = 2**28
-OWN_PICTURE = "drawn by FakeFaceGen"  # reason to leave out a picture of our own scripts
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 RARE_SUFFIXES = (".jpe", ".apng", ".pbm")  # of the same formats, but these stay in the name of a crop
 SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
 CROP_NOTE = "crop.txt"  # preprocess.py writes it into data/<size>
-RUN_FILES = {"log.jsonl", "generator.params", "checkpoint.pt"}  # train.py writes them next to args.json
-DOCS = Path(__file__).resolve().parents[1] / "docs"  # pictures of the README
+SKIPPED = "skipped.txt"  # and this into data
 # macOS archives, thumbnails and bins of Synology and QNAP, bins of Windows, rescued fragments of Linux
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
                   "$recycle.bin", "system volume information", "lost+found"}
@@ -34,62 +32,79 @@ SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapsh
 class Photo(NamedTuple):
     """One photo of a source, and what preprocess.py does with it."""
 
-    key: str  # name in the source, with "/" between folders
+    key: str  # name in the source, with "/" between folders, and at the end of a folder that is left out
     where: str | int  # path, index in the zip, or number of the drawn face
     reason: str = ""  # why it gives no crop, where that is known before it is opened
     split: str = ""
     name: str = ""  # of the crop, without .png
     todo: tuple[int, ...] = ()  # sizes whose crop is missing
-    files: int = 1  # more than one for a folder that is left out
 
 
-def list_photos(src: Path, dataroot: Path) -> list[Photo]:
+# ---------------------------------------------------------------------------------------------- listing
+
+
+def list_photos(src: Path) -> list[Photo]:
     """Every file in `src`, a folder or a zip, sorted by name. Raises UserError when `src` cannot be read.
 
-    A folder without photos is one entry with its reason: hidden folders, and what our own scripts wrote.
+    A hidden or system folder, and data/<size> of preprocess.py, is one entry with its reason.
     """
     try:
-        if src.is_dir():
-            home, docs = relative_key(dataroot, src), relative_key(DOCS, src)
-            skipped = f"{home}/skipped.txt".removeprefix("/")
-            photos = [photo for photo in list_folder(src) if home is None or photo.key != skipped]
-        else:
-            home, docs, photos = None, None, list_zip(src)
+        photos = list_folder(src) if src.is_dir() else list_zip(src)
     except OSError as error:
         raise UserError(f"cannot read SRC {printable(src)}: {error.strerror}; check its permissions and those of the "
                         "folders above") from None
-    reasons = folders_without_photos([photo.key for photo in photos], home, docs)
-    return sorted(leave_out(photos, reasons), key=lambda photo: photo.key)
-
-
-def leave_out(photos: list[Photo], reasons: dict[str, str]) -> list[Photo]:
-    """The same photos, with one entry for all files of each folder in `reasons`."""
-    kept, counts = [], Counter()
-    for photo in photos:
-        parents = accumulate(photo.key.split("/")[:-1], "{}/{}".format) if reasons else ()
-        folder = next((parent for parent in parents if parent in reasons), None)
-        if folder is None:
-            kept.append(photo)
-        else:
-            counts[folder] += 1
-    return kept + [Photo(f"{folder}/", "", reasons[folder], files=number) for folder, number in counts.items()]
+    return sorted(photos, key=lambda photo: photo.key)
 
 
 def list_folder(src: Path) -> list[Photo]:
-    """Every file below `src`. Links to folders are not followed: they may loop."""
+    """Every file below `src`. Raises OSError when `src` itself cannot be read."""
     photos = []
-
-    def skip_unreadable(error: OSError) -> None:
-        if Path(error.filename) == src:
-            raise error
-        photos.append(Photo(Path(error.filename).relative_to(src).as_posix(), "", f"unreadable: {error.strerror}"))
-
-    for folder, folders, files in os.walk(src, onerror=skip_unreadable):
-        prefix = "" if Path(folder) == src else Path(folder).relative_to(src).as_posix() + "/"
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        photos += [Photo(prefix + name, "", "link to a folder") for name in links]
-        photos += [Photo(prefix + name, str(Path(folder, name))) for name in files]
+    for key, path, reason in walk(src, lambda folder: system_folder(folder.name) or crop_folder(folder)):
+        if key.rpartition("/")[2] != SKIPPED:
+            photos.append(Photo(key, path, reason))
     return photos
+
+
+def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, str]]:
+    """(name below `root`, path, "") of each file, and (name/, path, reason) of each folder that is not entered.
+
+    The reason is that of refuse(folder), or that of the system. Raises OSError when `root` cannot be read.
+    """
+    folders = deque([("", str(root))])
+    while folders:
+        prefix, folder = folders.popleft()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            if not prefix:
+                raise
+            yield prefix, folder, f"unreadable: {error.strerror}"
+            continue
+        for entry in entries:
+            key = prefix + entry.name
+            if not entry.is_dir():
+                yield key, entry.path, ""
+            elif reason := refuse(Path(entry.path)) or entry.is_symlink() * "link to a folder":
+                yield f"{key}/", entry.path, reason
+            else:
+                folders.append((f"{key}/", entry.path))
+
+
+def system_folder(name: str) -> str:
+    """Why a folder of this name holds no photos, or an empty string."""
+    if name.startswith(".") and name not in (".", ".."):
+        return "hidden folder"
+    return "system folder" if name.casefold() in SYSTEM_FOLDERS else ""
+
+
+def crop_folder(folder: Path) -> str:
+    """Why data/<size> holds no photos, or an empty string for any other folder."""
+    return "crops of preprocess.py" if folder.name.isdecimal() and is_crop_folder(folder) else ""
+
+
+def is_crop_folder(folder: Path) -> bool:
+    """Whether preprocess.py made `folder`, which is data/<size>. Older versions wrote no crop.txt."""
+    return (folder / CROP_NOTE).is_file() or all((folder / split).is_dir() for split in SPLITS)
 
 
 def list_zip(src: Path) -> list[Photo]:
@@ -104,12 +119,20 @@ def list_zip(src: Path) -> list[Photo]:
                         "of photos, or copy the zip again") from None
     keys = [member.filename.replace("\\", "/") for member in members]
     newest = {key: index for index, key in enumerate(keys)}
-    photos = []
+    crop_folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{CROP_NOTE}")}
+    photos, left_out = [], {}
     for index, (key, member) in enumerate(zip(keys, members)):
-        if not member.is_dir():
-            replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
-            photos.append(Photo(key, index, replaced or refuse_member(key, member)))
-    return photos
+        for folder in accumulate(key.split("/")[:-1], "{}/{}".format):
+            name = folder.rpartition("/")[2]
+            is_crops = name.isdecimal() and folder in crop_folders
+            if reason := system_folder(name) or is_crops * "crops of preprocess.py":
+                left_out[f"{folder}/"] = Photo(f"{folder}/", "", reason)
+                break
+        else:
+            if not member.is_dir():
+                replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
+                photos.append(Photo(key, index, replaced or refuse_member(key, member)))
+    return photos + list(left_out.values())
 
 
 def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
@@ -125,17 +148,7 @@ def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
     return ""
 
 
-def skipped_lines(skipped: list[Photo]) -> list[str]:
-    """The sorted lines of skipped.txt. The pictures of ours in a folder share a line."""
-    folders = Counter(photo.key.rpartition("/")[0] for photo in skipped if photo.reason == OWN_PICTURE)
-    lines = []
-    for photo in skipped:
-        folder = photo.key.rpartition("/")[0]
-        if photo.reason == OWN_PICTURE and folder and folders[folder] > 1:
-            photo = photo._replace(key=f"{folder}/", files=folders[folder])
-        number = f": {photo.files:,} file{'s' * (photo.files > 1)}" if photo.key.endswith("/") else ""
-        lines.append(f"{printable(photo.key)}: {printable(photo.reason)}{number}\n")
-    return sorted(set(lines))
+# ---------------------------------------------------------------------------------------------- reading
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +166,7 @@ def read_file(path: Path) -> bytes:
     if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if info.st_size > MAX_BYTES:
-        raise ValueError(f"{info.st_size:,} bytes")
+        raise ValueError(f"too large: {info.st_size:,} bytes")
     return path.read_bytes()
 
 
@@ -166,81 +179,24 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
         return file.read(MAX_BYTES)
 
 
-def system_folder(name: str) -> str:
-    """Why a folder of this name holds no photos, or an empty string."""
-    if name.startswith(".") and name not in (".", ".."):
-        return "hidden"
-    return "in a system folder" if name.casefold() in SYSTEM_FOLDERS else ""
+# ---------------------------------------------------------------------------------------------- images in a folder
 
 
-def is_run(names: set[str]) -> bool:
-    """Whether a folder of these `names` is the --outdir of a training."""
-    return "args.json" in names and bool(names & RUN_FILES)
-
-
-def is_crop_folder(folder: Path) -> bool:
-    """Whether preprocess.py made `folder`, which is data/<size>. Older versions wrote no crop.txt."""
-    return (folder / CROP_NOTE).is_file() or all((folder / split).is_dir() for split in SPLITS)
-
-
-def relative_key(folder: Path, src: Path) -> str | None:
-    """The name of `folder` in the source `src`, "" for `src` itself, None for a folder outside."""
-    folder, src = folder.resolve(), src.resolve()
-    if not folder.is_relative_to(src):
-        return None
-    return "" if folder == src else folder.relative_to(src).as_posix()
-
-
-def folders_without_photos(keys: Sequence[str], dataroot: str | None = None, docs: str | None = None) -> dict[str, str]:
-    """{folder: why its files are no photos} for the outermost such folders of the files `keys`, named a/b/c.
-
-    `dataroot` and `docs` are the names of these folders, if the source holds them. A folder named by a number holds
-    crops if crop.txt is in it, or if it is in `dataroot` and has nothing but train, valid and test: FFHQ's 00000 holds
-    photos.
-    """
-    names = defaultdict(set)  # folder: names of the files and folders in it
-    for folder in {key.rpartition("/")[0] for key in keys}:
-        for path in accumulate(folder.split("/"), "{}/{}".format):
-            parent, _, name = path.rpartition("/")
-            names[parent].add(name)
-    for key in keys:
-        folder, _, name = key.rpartition("/")
-        names[folder].add(name)
-
-    def reason(folder: str) -> str:
-        parent, _, name = folder.rpartition("/")
-        has_crops = CROP_NOTE in names[folder] or parent == dataroot and names[folder] <= set(SPLITS)
-        if folder == docs:
-            return "pictures of the README"
-        if name.isdecimal() and has_crops:
-            return "crops of preprocess.py"
-        if is_run(names[folder]) or name == "samples" and is_run(names[parent]):
-            return "output of train.py"
-        return system_folder(name)
-
-    found = {}
-    for folder in sorted(filter(None, list(names))):  # a folder comes before the folders in it
-        parents = accumulate(folder.split("/")[:-1], "{}/{}".format)
-        if not any(parent in found for parent in parents) and (why := reason(folder)):
-            found[folder] = why
-    return found
-
-
-def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below `root` except those in hidden and system folders. Raises UserError for an unreadable folder."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {printable(error.filename)}: {error.strerror}; check its permissions")
-
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not system_folder(name)]
-        yield from (Path(folder, name) for name in files)
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name should be an image."""
+    return name.lower().endswith((*SUFFIXES, *RARE_SUFFIXES))
 
 
 def walk_images(root: Path) -> Iterator[Path]:
-    """Every image file below `root`, by its name. Raises UserError for an unreadable folder."""
-    suffixes = {*SUFFIXES, *RARE_SUFFIXES}
-    return (path for path in walk_files(root) if path.suffix.lower() in suffixes and path.is_file())
+    """Every image file below `root`, by its name, hidden and system folders excepted. Raises UserError."""
+    try:
+        for _, path, reason in walk(root, lambda folder: system_folder(folder.name)):
+            if reason.startswith("unreadable"):
+                raise UserError(f"cannot read the folder {printable(path)} ({reason}); check its permissions")
+            if not reason and is_image_name(path) and Path(path).is_file():
+                yield Path(path)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {printable(root)}: {error.strerror}; check its permissions") from None
 
 
 def require_images(root: str | Path) -> None:
@@ -252,6 +208,6 @@ def require_images(root: str | Path) -> None:
 
 
 def find_images(root: str | Path) -> list[Path]:
-    """Every image file below `root`, sorted, hidden folders excepted. Raises UserError when there is none."""
+    """Every image file below `root`, sorted. Raises UserError when there is none."""
     require_images(root)
     return sorted(walk_images(Path(root)))
