@@ -11,6 +11,7 @@ import stat
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import NamedTuple
 from support.files import UserError, printable
 
 MAX_BYTES = 2**28
+UTF8_FLAG = 0x800  # of a file name in a zip. APPNOTE.TXT, section 4.4.4
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 RARE_SUFFIXES = (".jpe", ".apng", ".pbm")  # of the same formats, but these stay in the name of a crop
 SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
@@ -27,6 +29,13 @@ SKIPPED = "skipped.txt"  # and this into data
 # macOS archives, thumbnails and bins of Synology and QNAP, bins of Windows, rescued fragments of Linux
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
                   "$recycle.bin", "system volume information", "lost+found"}
+# What people give as SRC besides a folder or zip: its first bytes, and what to do.
+OTHER_SOURCES = {
+    "a .tar, .gz, .7z or .rar archive": (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|.{257}ustar", "unpack it and give "
+                                         "the folder"),
+    "an HTML page": (rb"(\xef\xbb\xbf)?\s*<(!doctype|html|!--)", "download the zip itself, not the page about it"),
+    "one image": (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|RIFF|II\*\0|MM\0\*", "give the folder that holds it"),
+}
 
 
 class Photo(NamedTuple):
@@ -61,18 +70,41 @@ def list_folder(src: Path) -> list[Photo]:
     photos = []
     for key, path, reason in walk(src, lambda folder: system_folder(folder.name) or crop_folder(folder)):
         if key.rpartition("/")[2] != SKIPPED:
-            photos.append(Photo(key, path, reason))
+            photos.append(Photo(key, path, reason) if reason else describe_file(key, path))
     return photos
+
+
+def describe_file(key: str, path: str) -> Photo:
+    """The photo in a file, with the reason why it cannot be one."""
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        return Photo(key, path, f"unreadable: {error.strerror}")
+    return Photo(key, path, too_large(key, size))
+
+
+def too_large(key: str, size: int) -> str:
+    """Why a file of `size` bytes is not opened, or an empty string. Films and archives next to photos are large."""
+    if size <= MAX_BYTES:
+        return ""
+    return f"too large: {size:,} bytes" if is_image_name(key) else f"not an image: {size:,} bytes"
 
 
 def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, str]]:
     """(name below `root`, path, "") of each file, and (name/, path, reason) of each folder that is not entered.
 
-    The reason is that of refuse(folder), or that of the system. Raises OSError when `root` cannot be read.
+    The reason is that of refuse(folder), or that of the system. Links to folders are followed after all other folders,
+    and no folder is entered twice, so that links may loop. Raises OSError when `root` cannot be read.
     """
-    folders = deque([("", str(root))])
-    while folders:
-        prefix, folder = folders.popleft()
+    folders, links, seen = deque([("", str(root))]), deque(), set()
+    above = {str(parent) for parent in Path(os.path.realpath(root)).parents}
+    while folders or links:
+        prefix, folder = (folders or links).popleft()
+        place = os.path.realpath(folder)
+        if place in seen or place in above:
+            yield prefix, folder, "link to a folder that is read already" if place in seen else "link to a folder above"
+            continue
+        seen.add(place)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -84,10 +116,10 @@ def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, 
             key = prefix + entry.name
             if not entry.is_dir():
                 yield key, entry.path, ""
-            elif reason := refuse(Path(entry.path)) or entry.is_symlink() * "link to a folder":
+            elif reason := refuse(Path(entry.path)):
                 yield f"{key}/", entry.path, reason
             else:
-                folders.append((f"{key}/", entry.path))
+                (links if entry.is_symlink() else folders).append((f"{key}/", entry.path))
 
 
 def system_folder(name: str) -> str:
@@ -115,9 +147,9 @@ def list_zip(src: Path) -> list[Photo]:
     except FileNotFoundError:
         raise UserError(f"SRC {printable(src)} does not exist; give a folder of photos or a .zip") from None
     except Exception as error:  # zipfile raises many kinds on damaged files
-        raise UserError(f"SRC {printable(src)} is not a folder and not a whole zip ({printable(error)}); give a folder "
-                        "of photos, or copy the zip again") from None
-    keys = [member.filename.replace("\\", "/") for member in members]
+        what, remedy = describe_source(src)
+        raise UserError(f"SRC {printable(src)} is {what or f'no whole zip ({printable(error)})'}; {remedy}") from None
+    keys = [member_name(member) for member in members]
     newest = {key: index for index, key in enumerate(keys)}
     crop_folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{CROP_NOTE}")}
     photos, left_out = [], {}
@@ -135,17 +167,34 @@ def list_zip(src: Path) -> list[Photo]:
     return photos + list(left_out.values())
 
 
+def member_name(member: zipfile.ZipInfo) -> str:
+    """The name of a file in a zip. macOS writes UTF-8 without the flag that says so."""
+    name = member.filename
+    if not member.flag_bits & UTF8_FLAG:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def describe_source(src: Path) -> tuple[str, str]:
+    """(what a file is that is no folder and no zip, or "" for a damaged zip; what to do with it)."""
+    with src.open("rb") as file:
+        head = file.read(512)
+    for what, (pattern, remedy) in OTHER_SOURCES.items():
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return what, remedy
+    return "", "give a folder of photos, or copy the zip again"
+
+
 def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
     """Why a file in a zip must not be read, or an empty string."""
     if key.startswith("/") or re.match("[A-Za-z]:", key) or ".." in key.split("/"):
         return "unsafe path: it leads out of the zip"
     if member.flag_bits & 1:
         return "encrypted"
-    if member.file_size > MAX_BYTES:
-        return f"too large: {member.file_size:,} bytes"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return "unusual compression"  # zipfile does not bound the memory that the others take
-    return ""
+    return too_large(key, member.file_size)
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -82,6 +82,23 @@ def test_crops_in_a_zip_are_not_photos(tmp_path):
     assert skips(tmp_path / "out") == {"data/64/": "crops of preprocess.py"}
 
 
+@pytest.mark.parametrize("order", ["a", "z"])
+def test_links_to_folders_are_followed_once(tmp_path, convert, order):
+    """By preprocess.py and by what reads crops. Folders keep their names where a link leads to them, too."""
+    src, elsewhere = tmp_path / "src", tmp_path / "elsewhere"
+    write(src / "m" / "1.jpg", elsewhere / "deep" / "2.jpg", tmp_path / "outside" / "3.jpg")
+    links = {"same": src / "m", "out": elsewhere, "deeper": elsewhere / "deep", "loop": src, "up": tmp_path}
+    for name, target in links.items():
+        (src / f"{order}_{name}").symlink_to(target)
+    (elsewhere / "deep" / "back").symlink_to(elsewhere)
+    assert len(find_images(src)) == 2
+    out = convert()
+    assert set(named(out)) == {f"{order}_deeper__2", "m__1"}
+    read = "link to a folder that is read already"
+    reasons = {"deeper/back": read, "loop": read, "out/deep": read, "same": read, "up": "link to a folder above"}
+    assert skips(out) == {f"{order}_{name}/": reason for name, reason in reasons.items()}
+
+
 def test_a_source_without_photos_is_refused(tmp_path, convert):
     write(tmp_path / "src" / ".hidden" / "a.jpg")
     with pytest.raises(UserError, match="gave no crop"):
