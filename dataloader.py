@@ -10,9 +10,7 @@ Images stay uint8 until they are on the device: that takes a quarter of the memo
 
 import hashlib
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -26,29 +24,20 @@ from tqdm import tqdm
 from support.feature_stats import NpzImages, read_npz_images
 from support.file_kinds import holds_statistics
 from support.files import UserError, printable
-from support.photos import read_rgb
+from support.photos import Unreadable, read_rgb
 from support.sources import find_images, is_crop_folder
 from support.workers import count_cores, iterate_in_processes
 
 CHUNK = 128  # images that a decoding process hands over at a time
 SHOWN = 3  # files that a message names
-SEARCH = threading.Lock()  # threads that meet several unreadable files search for all of them once
-
-
-class Unreadable(UserError):
-    """One image cannot be read. DataGenerater names all such images in one message."""
 
 
 def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
     """The square image at `path`, uint8 (3,S,S), upright, RGB, resized to `image_size` where it has another size.
 
-    Raises UserError, which names the file, when it cannot be read or is not square.
+    Raises Unreadable when it cannot be read, and UserError when it is not square. Both name the file.
     """
-    try:
-        image = read_rgb(path)
-    except Exception as error:  # decoders raise any kind
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unreadable(f"{printable(path)} cannot be read ({printable(why)})") from None
+    image = read_rgb(path)
     if image.width != image.height:
         raise UserError(f"{printable(path)} is {image.width}x{image.height}, not square; make square crops of photos "
                         "with `python preprocess.py PHOTOS`")
@@ -90,7 +79,7 @@ class DataGenerater(Dataset):
     def __init__(self, root: str | Path, image_size: int | None = 64, in_memory: bool = False):
         self.root, self.paths = Path(root), find_images(root)
         self.resize_to = image_size
-        self.images, self.unreadable = None, None
+        self.images = None
         self.image_size = self.read(0).shape[-1]
         if in_memory:
             self.decode_all()
@@ -115,10 +104,7 @@ class DataGenerater(Dataset):
         try:
             return read_image(self.paths[index], self.resize_to)
         except Unreadable as error:
-            with SEARCH:
-                if self.unreadable is None:
-                    self.unreadable = explain_unreadable(self.root, self.paths)
-            raise UserError(self.unreadable or f"{error}; try again") from None
+            raise UserError(explain_unreadable(self.root, self.paths) or f"{error}; try again") from None
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
         """A whole batch, uint8 (N,3,S,S)."""
@@ -128,11 +114,9 @@ class DataGenerater(Dataset):
 
     def decode_all(self) -> None:
         """Decode every file once, with all cores, and keep the pixels in memory."""
-        # Processes, not threads: Pillow holds the interpreter's lock while it decodes.
-        workers = min(count_cores(), 16) if len(self) > 8 * CHUNK else 0
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
         parts = torch.arange(len(self)).split(CHUNK)
-        batches = load_batches(self, [part.tolist() for part in parts], workers)
+        batches = load_batches(self, [part.tolist() for part in parts], count_decoders(self, len(self)))
         bar = tqdm(total=len(self), desc=f"reading {self.root}", unit="img", leave=False, disable=None)
         with closing(batches), bar:
             for part, batch in zip(images.split(CHUNK), batches):
@@ -165,7 +149,7 @@ def read_pixels(dataset: DataGenerater, indices: Sequence[int]) -> np.ndarray:
     return np.stack([dataset[index].numpy() for index in indices], out=pixels)
 
 
-def load_batches(dataset: DataGenerater, batches: list, workers: int, pin_memory: bool = False) -> Iterator:
+def load_batches(dataset: DataGenerater | NpzImages, batches: list, workers: int, pin_memory: bool = False) -> Iterator:
     """The images uint8 (N,3,S,S) of each list of indices in `batches`, read by `workers` processes.
 
     Raises the UserErrors of `dataset`, and one when a worker process dies.
@@ -206,17 +190,18 @@ def make_loader(
     return load_batches(dataset, batches.tolist(), workers if dataset.images is None else 0, pin_memory)
 
 
-def read_batches(dataset: DataGenerater, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-    """Images uint8 (N,3,S,S). Threads decode the next batch while the caller measures one."""
-    with ThreadPoolExecutor(min(32, count_cores() + 4)) as pool:
-        ready = None
-        for start in range(0, len(indices), batch_size):
-            coming = pool.map(dataset.__getitem__, indices[start : start + batch_size])
-            if ready:
-                yield torch.stack(list(ready))
-            ready = coming
-        if ready:
-            yield torch.stack(list(ready))
+def read_batches(dataset: DataGenerater | NpzImages, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
+    """The images uint8 (N,3,S,S) of `indices`, in their order. Processes decode while the caller measures."""
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    return load_batches(dataset, batches, count_decoders(dataset, len(indices)))
+
+
+def count_decoders(dataset: DataGenerater | NpzImages, n: int) -> int:
+    """How many processes should decode `n` images: none for images in memory, or for few.
+
+    Processes, not threads: Pillow holds the interpreter's lock while it decodes, so that threads share one core.
+    """
+    return min(count_cores(), 16) if dataset.images is None and n > 8 * CHUNK else 0
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

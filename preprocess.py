@@ -8,7 +8,7 @@
 Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
 animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
 Crops of another --crop need another --dataroot. data/skipped.txt lists what gave no crop, with the reason: also hidden
-folders and pictures that these scripts drew. Of photos whose crops would share a name (a.jpg, a.png), the first in
+folders and data/<size>. Of photos whose crops would share a name (a.jpg, a.png), the first in
 sorted order gives a.png and the others get a hash in their name. The split is CelebA's list_eval_partition.txt (or
 .csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
@@ -37,10 +37,12 @@ from support.cli import HelpFormatter, int_at_least, run
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, cannot_write, printable
 from support.images import encode_png
-from support.photos import OwnPicture, crop_square, open_photo
-from support.sources import CROP_NOTE, SPLITS, Photo, list_photos, open_zip, skipped_lines
+from support.photos import UnknownFormat, crop_square, explain, open_photo
+from support.sources import CROP_NOTE, SKIPPED, SPLITS, Photo, is_image_name, list_photos, open_zip
 from support.splits import assign_splits
 from support.workers import count_cores, map_in_processes
+
+MAX_UNREADABLE = 0.01  # of the photos of a source; more are no accident, and the last line warns of them
 
 
 class Result(NamedTuple):
@@ -54,7 +56,7 @@ class Result(NamedTuple):
 def find_photos(args: argparse.Namespace) -> tuple[list[Photo], str]:
     """(photos of SRC or faces to draw, with split and name or a reason to leave them out; how they were split)."""
     faces = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo or 0)]
-    photos = faces or list_photos(args.src, args.dataroot)
+    photos = faces or list_photos(args.src)
     photos, how = assign_splits(args.src, photos, args.partition)
     if not photos:
         raise UserError(f"SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
@@ -132,14 +134,14 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
     try:
         square, sizes, reason = read_square(args, photo)
     except Exception as error:  # decoders raise any kind
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Result(photo, {}, why if isinstance(error, OwnPicture) else f"unreadable: {why}")
+        is_image = is_image_name(photo.key) or not isinstance(error, UnknownFormat)
+        return Result(photo, {}, f"{'unreadable' if is_image else 'not an image'}: {explain(error)}")
     for size in (size for size, why in sizes.items() if not why):
         # Bicubic with a support scaled by the reduction: less ringing than Lanczos, in 0.6 of the time.
         crop = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)
         try:
             with atomic_write(args.dataroot / str(size) / photo.split / f"{photo.name}.png") as file:
-                file.write(encode_png(np.asarray(crop), mark=False))
+                file.write(encode_png(np.asarray(crop)))
         except UserError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -151,9 +153,10 @@ def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[R
     """List the photos that gave no crop in skipped.txt. Raises UserError when that is all of them."""
     skipped = [photo for photo in photos if photo.reason]
     skipped += [result.photo._replace(reason=result.reason) for result in results if result.reason]
-    path = args.dataroot / "skipped.txt"
+    path = args.dataroot / SKIPPED
+    lines = sorted(f"{printable(photo.key)}: {printable(photo.reason)}\n" for photo in skipped)
     with atomic_write(path) as file:
-        file.writelines(line.encode() for line in skipped_lines(skipped))
+        file.write("".join(lines).encode())
     if len(skipped) == len(photos):
         raise UserError(f"{printable(args.src or '--demo')} gave no crop: {path} says why, file by file; give a folder "
                         "of photos, or a zip of them")
@@ -172,12 +175,16 @@ def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result]
         parts.append(f"{size}: {written.total():,} written{splits}, {there:,} there already{skipped}")
     kinds = Counter(result.reason.partition(":")[0] for result in results if not result.sizes)
     for photo in photos:
-        kinds[photo.reason.partition(":")[0]] += photo.files
+        kinds[photo.reason.partition(":")[0]] += 1
     del kinds[""]
+    unreadable = kinds["unreadable"]
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        parts.append(f"{counts} (listed in {args.dataroot / 'skipped.txt'})")
-    return "; ".join([*parts, f"{len(results) / max(seconds, 1e-9):,.0f} img/s"])
+        parts.append(f"{counts} (listed in {args.dataroot / SKIPPED})")
+    parts.append(f"{len(results) / max(seconds, 1e-9):,.0f} img/s")
+    if unreadable > MAX_UNREADABLE * len(photos):
+        parts.append(f"warning: {unreadable / len(photos):.0%} of the photos cannot be read")
+    return "; ".join(parts)
 
 
 def download(dataroot: Path) -> Path:

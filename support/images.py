@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
 from support.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# In the metadata of all pictures that this module writes: preprocess.py leaves them out when it looks for photos.
-SOFTWARE = "FakeFaceGen"
-MARK = PngInfo()
-MARK.add_text("Software", SOFTWARE)
 GAP = 2  # black pixels between the images of a grid and around them
 
 
@@ -30,8 +25,8 @@ def to_pil(image: "Tensor") -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def encode_png(pixels: np.ndarray, mark: bool = True) -> bytes:
-    """The PNG file of an image uint8 (H,W,3), with SOFTWARE in its metadata if `mark`.
+def encode_png(pixels: np.ndarray) -> bytes:
+    """The PNG file of an image uint8 (H,W,3).
 
     Pillow tries five filters for each row. One filter for all rows, the difference from the row above ("Up"), takes
     less than half of the time, for 7 % more bytes. Format: ISO/IEC 15948.
@@ -42,7 +37,6 @@ def encode_png(pixels: np.ndarray, mark: bool = True) -> bytes:
     rows[1:, 1:] -= rows[:-1, 1:]  # modulo 256
     compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
     chunks = [(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))]  # 8 bits a channel, RGB
-    chunks += [(b"tEXt", b"Software\0" + SOFTWARE.encode())] * mark
     chunks += [(b"IDAT", compressor.compress(rows) + compressor.flush()), (b"IEND", b"")]
     file = [b"\x89PNG\r\n\x1a\n"]
     for kind, data in chunks:
@@ -72,7 +66,7 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 def save_image(image: Image.Image, path: Path, **options) -> None:
     """Write `image` to `path`, a .png or .gif, whole or not at all. Raises UserError."""
     with atomic_write(path) as file:
-        image.save(file, path.suffix[1:], pnginfo=MARK, comment=SOFTWARE, **options)
+        image.save(file, path.suffix[1:], **options)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> None:

@@ -1,6 +1,6 @@
-"""The files of a folder or a zip, without those that are no photos. Imports no torch.
+"""The files of a folder or a zip, and which of them are no photos. Imports no torch.
 
-    photos = list_photos(Path("img_align_celeba.zip"), Path("data"))
+    photos = list_photos(Path("img_align_celeba.zip"))
     data = read_bytes(Path("img_align_celeba.zip"), photos[0])
     paths = find_images(Path("data/64/train"))
 """
@@ -9,8 +9,9 @@ import os
 import re
 import stat
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,77 +20,123 @@ from typing import NamedTuple
 from support.files import UserError, printable
 
 MAX_BYTES = 2**28
-OWN_PICTURE = "drawn by FakeFaceGen"  # reason to leave out a picture of our own scripts
+UTF8_FLAG = 0x800  # of a file name in a zip. APPNOTE.TXT, section 4.4.4
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 RARE_SUFFIXES = (".jpe", ".apng", ".pbm")  # of the same formats, but these stay in the name of a crop
 SPLITS = ("train", "valid", "test")  # 0, 1, 2 in CelebA's list_eval_partition.txt
 CROP_NOTE = "crop.txt"  # preprocess.py writes it into data/<size>
-RUN_FILES = {"log.jsonl", "generator.params", "checkpoint.pt"}  # train.py writes them next to args.json
-DOCS = Path(__file__).resolve().parents[1] / "docs"  # pictures of the README
+SKIPPED = "skipped.txt"  # and this into data
 # macOS archives, thumbnails and bins of Synology and QNAP, bins of Windows, rescued fragments of Linux
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
                   "$recycle.bin", "system volume information", "lost+found"}
+# What people give as SRC besides a folder or zip: its first bytes, and what to do.
+OTHER_SOURCES = {
+    "a .tar, .gz, .7z or .rar archive": (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|.{257}ustar", "unpack it and give "
+                                         "the folder"),
+    "an HTML page": (rb"(\xef\xbb\xbf)?\s*<(!doctype|html|!--)", "download the zip itself, not the page about it"),
+    "one image": (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|RIFF|II\*\0|MM\0\*", "give the folder that holds it"),
+}
 
 
 class Photo(NamedTuple):
     """One photo of a source, and what preprocess.py does with it."""
 
-    key: str  # name in the source, with "/" between folders
+    key: str  # name in the source, with "/" between folders, and at the end of a folder that is left out
     where: str | int  # path, index in the zip, or number of the drawn face
     reason: str = ""  # why it gives no crop, where that is known before it is opened
     split: str = ""
     name: str = ""  # of the crop, without .png
     todo: tuple[int, ...] = ()  # sizes whose crop is missing
-    files: int = 1  # more than one for a folder that is left out
 
 
-def list_photos(src: Path, dataroot: Path) -> list[Photo]:
+# ---------------------------------------------------------------------------------------------- listing
+
+
+def list_photos(src: Path) -> list[Photo]:
     """Every file in `src`, a folder or a zip, sorted by name. Raises UserError when `src` cannot be read.
 
-    A folder without photos is one entry with its reason: hidden folders, and what our own scripts wrote.
+    A hidden or system folder, and data/<size> of preprocess.py, is one entry with its reason.
     """
     try:
-        if src.is_dir():
-            home, docs = relative_key(dataroot, src), relative_key(DOCS, src)
-            skipped = f"{home}/skipped.txt".removeprefix("/")
-            photos = [photo for photo in list_folder(src) if home is None or photo.key != skipped]
-        else:
-            home, docs, photos = None, None, list_zip(src)
+        photos = list_folder(src) if src.is_dir() else list_zip(src)
     except OSError as error:
         raise UserError(f"cannot read SRC {printable(src)}: {error.strerror}; check its permissions and those of the "
                         "folders above") from None
-    reasons = folders_without_photos([photo.key for photo in photos], home, docs)
-    return sorted(leave_out(photos, reasons), key=lambda photo: photo.key)
-
-
-def leave_out(photos: list[Photo], reasons: dict[str, str]) -> list[Photo]:
-    """The same photos, with one entry for all files of each folder in `reasons`."""
-    kept, counts = [], Counter()
-    for photo in photos:
-        parents = accumulate(photo.key.split("/")[:-1], "{}/{}".format) if reasons else ()
-        folder = next((parent for parent in parents if parent in reasons), None)
-        if folder is None:
-            kept.append(photo)
-        else:
-            counts[folder] += 1
-    return kept + [Photo(f"{folder}/", "", reasons[folder], files=number) for folder, number in counts.items()]
+    return sorted(photos, key=lambda photo: photo.key)
 
 
 def list_folder(src: Path) -> list[Photo]:
-    """Every file below `src`. Links to folders are not followed: they may loop."""
+    """Every file below `src`. Raises OSError when `src` itself cannot be read."""
     photos = []
-
-    def skip_unreadable(error: OSError) -> None:
-        if Path(error.filename) == src:
-            raise error
-        photos.append(Photo(Path(error.filename).relative_to(src).as_posix(), "", f"unreadable: {error.strerror}"))
-
-    for folder, folders, files in os.walk(src, onerror=skip_unreadable):
-        prefix = "" if Path(folder) == src else Path(folder).relative_to(src).as_posix() + "/"
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        photos += [Photo(prefix + name, "", "link to a folder") for name in links]
-        photos += [Photo(prefix + name, str(Path(folder, name))) for name in files]
+    for key, path, reason in walk(src, lambda folder: system_folder(folder.name) or crop_folder(folder)):
+        if key.rpartition("/")[2] != SKIPPED:
+            photos.append(Photo(key, path, reason) if reason else describe_file(key, path))
     return photos
+
+
+def describe_file(key: str, path: str) -> Photo:
+    """The photo in a file, with the reason why it cannot be one."""
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        return Photo(key, path, f"unreadable: {error.strerror}")
+    return Photo(key, path, too_large(key, size))
+
+
+def too_large(key: str, size: int) -> str:
+    """Why a file of `size` bytes is not opened, or an empty string. Films and archives next to photos are large."""
+    if size <= MAX_BYTES:
+        return ""
+    return f"too large: {size:,} bytes" if is_image_name(key) else f"not an image: {size:,} bytes"
+
+
+def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, str]]:
+    """(name below `root`, path, "") of each file, and (name/, path, reason) of each folder that is not entered.
+
+    The reason is that of refuse(folder), or that of the system. Links to folders are followed after all other folders,
+    and no folder is entered twice, so that links may loop. Raises OSError when `root` cannot be read.
+    """
+    folders, links, seen = deque([("", str(root))]), deque(), set()
+    above = {str(parent) for parent in Path(os.path.realpath(root)).parents}
+    while folders or links:
+        prefix, folder = (folders or links).popleft()
+        place = os.path.realpath(folder)
+        if place in seen or place in above:
+            yield prefix, folder, "link to a folder that is read already" if place in seen else "link to a folder above"
+            continue
+        seen.add(place)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            if not prefix:
+                raise
+            yield prefix, folder, f"unreadable: {error.strerror}"
+            continue
+        for entry in entries:
+            key = prefix + entry.name
+            if not entry.is_dir():
+                yield key, entry.path, ""
+            elif reason := refuse(Path(entry.path)):
+                yield f"{key}/", entry.path, reason
+            else:
+                (links if entry.is_symlink() else folders).append((f"{key}/", entry.path))
+
+
+def system_folder(name: str) -> str:
+    """Why a folder of this name holds no photos, or an empty string."""
+    if name.startswith(".") and name not in (".", ".."):
+        return "hidden folder"
+    return "system folder" if name.casefold() in SYSTEM_FOLDERS else ""
+
+
+def crop_folder(folder: Path) -> str:
+    """Why data/<size> holds no photos, or an empty string for any other folder."""
+    return "crops of preprocess.py" if folder.name.isdecimal() and is_crop_folder(folder) else ""
+
+
+def is_crop_folder(folder: Path) -> bool:
+    """Whether preprocess.py made `folder`, which is data/<size>. Older versions wrote no crop.txt."""
+    return (folder / CROP_NOTE).is_file() or all((folder / split).is_dir() for split in SPLITS)
 
 
 def list_zip(src: Path) -> list[Photo]:
@@ -100,16 +147,43 @@ def list_zip(src: Path) -> list[Photo]:
     except FileNotFoundError:
         raise UserError(f"SRC {printable(src)} does not exist; give a folder of photos or a .zip") from None
     except Exception as error:  # zipfile raises many kinds on damaged files
-        raise UserError(f"SRC {printable(src)} is not a folder and not a whole zip ({printable(error)}); give a folder "
-                        "of photos, or copy the zip again") from None
-    keys = [member.filename.replace("\\", "/") for member in members]
+        what, remedy = describe_source(src)
+        raise UserError(f"SRC {printable(src)} is {what or f'no whole zip ({printable(error)})'}; {remedy}") from None
+    keys = [member_name(member) for member in members]
     newest = {key: index for index, key in enumerate(keys)}
-    photos = []
+    crop_folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{CROP_NOTE}")}
+    photos, left_out = [], {}
     for index, (key, member) in enumerate(zip(keys, members)):
-        if not member.is_dir():
-            replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
-            photos.append(Photo(key, index, replaced or refuse_member(key, member)))
-    return photos
+        for folder in accumulate(key.split("/")[:-1], "{}/{}".format):
+            name = folder.rpartition("/")[2]
+            is_crops = name.isdecimal() and folder in crop_folders
+            if reason := system_folder(name) or is_crops * "crops of preprocess.py":
+                left_out[f"{folder}/"] = Photo(f"{folder}/", "", reason)
+                break
+        else:
+            if not member.is_dir():
+                replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
+                photos.append(Photo(key, index, replaced or refuse_member(key, member)))
+    return photos + list(left_out.values())
+
+
+def member_name(member: zipfile.ZipInfo) -> str:
+    """The name of a file in a zip. macOS writes UTF-8 without the flag that says so."""
+    name = member.filename
+    if not member.flag_bits & UTF8_FLAG:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def describe_source(src: Path) -> tuple[str, str]:
+    """(what a file is that is no folder and no zip, or "" for a damaged zip; what to do with it)."""
+    with src.open("rb") as file:
+        head = file.read(512)
+    for what, (pattern, remedy) in OTHER_SOURCES.items():
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return what, remedy
+    return "", "give a folder of photos, or copy the zip again"
 
 
 def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
@@ -118,29 +192,20 @@ def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
         return "unsafe path: it leads out of the zip"
     if member.flag_bits & 1:
         return "encrypted"
-    if member.file_size > MAX_BYTES:
-        return f"too large: {member.file_size:,} bytes"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return "unusual compression"  # zipfile does not bound the memory that the others take
-    return ""
+    return too_large(key, member.file_size)
 
 
-def skipped_lines(skipped: list[Photo]) -> list[str]:
-    """The sorted lines of skipped.txt. The pictures of ours in a folder share a line."""
-    folders = Counter(photo.key.rpartition("/")[0] for photo in skipped if photo.reason == OWN_PICTURE)
-    lines = []
-    for photo in skipped:
-        folder = photo.key.rpartition("/")[0]
-        if photo.reason == OWN_PICTURE and folder and folders[folder] > 1:
-            photo = photo._replace(key=f"{folder}/", files=folders[folder])
-        number = f": {photo.files:,} file{'s' * (photo.files > 1)}" if photo.key.endswith("/") else ""
-        lines.append(f"{printable(photo.key)}: {printable(photo.reason)}{number}\n")
-    return sorted(set(lines))
+# ---------------------------------------------------------------------------------------------- reading
 
 
 @lru_cache(maxsize=1)
-def open_zip(src: Path) -> zipfile.ZipFile:
-    """The zip, opened once in each process: processes that share a file handle share its position too."""
+def open_zip(src: Path, process_id: int) -> zipfile.ZipFile:
+    """The zip, opened once in the process `process_id`. A worker must not read through the handle of its parent.
+
+    A forked worker inherits the parent's handle and shares its position, so that each would read the other's bytes.
+    """
     return zipfile.ZipFile(src)
 
 
@@ -150,7 +215,7 @@ def read_file(path: Path) -> bytes:
     if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if info.st_size > MAX_BYTES:
-        raise ValueError(f"{info.st_size:,} bytes")
+        raise ValueError(f"too large: {info.st_size:,} bytes")
     return path.read_bytes()
 
 
@@ -158,85 +223,29 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
     """The file of `photo`. Raises any exception; its text is the reason."""
     if isinstance(photo.where, str):
         return read_file(Path(photo.where))
-    with open_zip(src).open(open_zip(src).infolist()[photo.where]) as file:
+    archive = open_zip(src, os.getpid())
+    with archive.open(archive.infolist()[photo.where]) as file:
         return file.read(MAX_BYTES)
 
 
-def system_folder(name: str) -> str:
-    """Why a folder of this name holds no photos, or an empty string."""
-    if name.startswith(".") and name not in (".", ".."):
-        return "hidden"
-    return "in a system folder" if name.casefold() in SYSTEM_FOLDERS else ""
+# ---------------------------------------------------------------------------------------------- images in a folder
 
 
-def is_run(names: set[str]) -> bool:
-    """Whether a folder of these `names` is the --outdir of a training."""
-    return "args.json" in names and bool(names & RUN_FILES)
-
-
-def is_crop_folder(folder: Path) -> bool:
-    """Whether preprocess.py made `folder`, which is data/<size>. Older versions wrote no crop.txt."""
-    return (folder / CROP_NOTE).is_file() or all((folder / split).is_dir() for split in SPLITS)
-
-
-def relative_key(folder: Path, src: Path) -> str | None:
-    """The name of `folder` in the source `src`, "" for `src` itself, None for a folder outside."""
-    folder, src = folder.resolve(), src.resolve()
-    if not folder.is_relative_to(src):
-        return None
-    return "" if folder == src else folder.relative_to(src).as_posix()
-
-
-def folders_without_photos(keys: Sequence[str], dataroot: str | None = None, docs: str | None = None) -> dict[str, str]:
-    """{folder: why its files are no photos} for the outermost such folders of the files `keys`, named a/b/c.
-
-    `dataroot` and `docs` are the names of these folders, if the source holds them. A folder named by a number holds
-    crops if crop.txt is in it, or if it is in `dataroot` and has nothing but train, valid and test: FFHQ's 00000 holds
-    photos.
-    """
-    names = defaultdict(set)  # folder: names of the files and folders in it
-    for folder in {key.rpartition("/")[0] for key in keys}:
-        for path in accumulate(folder.split("/"), "{}/{}".format):
-            parent, _, name = path.rpartition("/")
-            names[parent].add(name)
-    for key in keys:
-        folder, _, name = key.rpartition("/")
-        names[folder].add(name)
-
-    def reason(folder: str) -> str:
-        parent, _, name = folder.rpartition("/")
-        has_crops = CROP_NOTE in names[folder] or parent == dataroot and names[folder] <= set(SPLITS)
-        if folder == docs:
-            return "pictures of the README"
-        if name.isdecimal() and has_crops:
-            return "crops of preprocess.py"
-        if is_run(names[folder]) or name == "samples" and is_run(names[parent]):
-            return "output of train.py"
-        return system_folder(name)
-
-    found = {}
-    for folder in sorted(filter(None, list(names))):  # a folder comes before the folders in it
-        parents = accumulate(folder.split("/")[:-1], "{}/{}".format)
-        if not any(parent in found for parent in parents) and (why := reason(folder)):
-            found[folder] = why
-    return found
-
-
-def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below `root` except those in hidden and system folders. Raises UserError for an unreadable folder."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {printable(error.filename)}: {error.strerror}; check its permissions")
-
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not system_folder(name)]
-        yield from (Path(folder, name) for name in files)
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name should be an image."""
+    return name.lower().endswith((*SUFFIXES, *RARE_SUFFIXES))
 
 
 def walk_images(root: Path) -> Iterator[Path]:
-    """Every image file below `root`, by its name. Raises UserError for an unreadable folder."""
-    suffixes = {*SUFFIXES, *RARE_SUFFIXES}
-    return (path for path in walk_files(root) if path.suffix.lower() in suffixes and path.is_file())
+    """Every image file below `root`, by its name, hidden and system folders excepted. Raises UserError."""
+    try:
+        for _, path, reason in walk(root, lambda folder: system_folder(folder.name)):
+            if reason.startswith("unreadable"):
+                raise UserError(f"cannot read the folder {printable(path)} ({reason}); check its permissions")
+            if not reason and is_image_name(path) and Path(path).is_file():
+                yield Path(path)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {printable(root)}: {error.strerror}; check its permissions") from None
 
 
 def require_images(root: str | Path) -> None:
@@ -248,6 +257,6 @@ def require_images(root: str | Path) -> None:
 
 
 def find_images(root: str | Path) -> list[Path]:
-    """Every image file below `root`, sorted, hidden folders excepted. Raises UserError when there is none."""
+    """Every image file below `root`, sorted. Raises UserError when there is none."""
     require_images(root)
     return sorted(walk_images(Path(root)))

@@ -64,6 +64,24 @@ def test_decoding_into_memory_keeps_the_order(dataroot, monkeypatch, chunk):
         assert torch.equal(files[index], memory[index])
 
 
+@pytest.mark.parametrize("kind", ["files", "memory", "npz"])
+@pytest.mark.parametrize("chunk, started", [(256, 0), (2, 2)])
+def test_processes_read_the_batches_of_files(dataroot, tmp_path, monkeypatch, kind, chunk, started):
+    """Threads would share one core, since Pillow holds the interpreter's lock while it decodes."""
+    dataset = DataGenerater(dataroot / "64" / "train", 64, in_memory=kind == "memory")
+    indices = list(range(len(dataset)))[::-1]
+    expected = dataset.__getitems__(indices)
+    if kind == "npz":
+        np.savez(tmp_path / "a.npz", expected.permute(0, 2, 3, 1).numpy())
+        dataset, indices = dataloader.open_images(tmp_path / "a.npz"), range(len(dataset))
+    workers, load = [], dataloader.load_batches
+    monkeypatch.setattr(dataloader, "CHUNK", chunk)
+    monkeypatch.setattr(dataloader, "count_cores", lambda: 2)
+    monkeypatch.setattr(dataloader, "load_batches", lambda *args: workers.append(args[2]) or load(*args))
+    batches = list(read_batches(dataset, indices, 5))
+    assert torch.equal(torch.cat(batches), expected) and workers == [started if kind == "files" else 0]
+
+
 def test_missing_and_damaged_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="preprocess.py"):
         find_images(tmp_path / "none")

@@ -1,19 +1,15 @@
-"""Folders and files that are no photos: support/sources.py and support/sources.py, through the scripts."""
+"""Folders and files that are no photos: support/sources.py, through the scripts."""
 
-import shutil
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import ROOT, jpeg, named, skips
+from helpers import jpeg, named, skips
 from PIL import Image
 
 import preprocess
-from dataloader import DataGenerater, find_images
+from dataloader import find_images
 from support.files import UserError
-from support.images import encode_png, save_animation, save_image
-from support.sources import DOCS, folders_without_photos, relative_key
 
 HIDDEN = [".ipynb_checkpoints", ".Trashes", ".thumbnails", ".@__thumb"]
 SYSTEM = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"]
@@ -41,8 +37,8 @@ def test_hidden_and_system_folders_hold_no_photos(tmp_path, zipped):
         src = tmp_path / "photos.zip"
     preprocess_here(str(src), "--dataroot", str(out))
     assert named(out) == ["a__good", "good"]
-    expected = {f"a/{name}/": "hidden: 1 file" for name in HIDDEN} | {"a/.thumbnails/": "hidden: 2 files"}
-    assert skips(out) == expected | {f"a/{name}/": "in a system folder: 1 file" for name in SYSTEM}
+    reasons = dict.fromkeys(HIDDEN, "hidden folder") | dict.fromkeys(SYSTEM, "system folder")
+    assert skips(out) == {f"a/{name}/": reason for name, reason in reasons.items()}
 
 
 def test_hidden_and_system_folders_hold_no_crops(tmp_path):
@@ -60,64 +56,54 @@ def test_folders_named_by_numbers_hold_photos(tmp_path, monkeypatch):
     for _ in range(2):
         preprocess_here("data")
         assert named(Path("data")) == ["00000__00000", "00000__00002", "01000__00001", "01000__00003", "x"]
-    assert skips(Path("data")) == {"64/": "crops of preprocess.py: 6 files"}  # five and crop.txt
+    assert skips(Path("data")) == {"64/": "crops of preprocess.py"}
 
 
 @pytest.mark.parametrize("flags, keeps_note", [((), True), ((), False), (("--dataroot", "other"), True)])
 def test_crops_are_not_photos(tmp_path, monkeypatch, capsys, flags, keeps_note):
-    """In --dataroot also those of older versions, which wrote no crop.txt."""
+    """Also those of older versions, which wrote no crop.txt. Neither is the list of what was skipped."""
     monkeypatch.chdir(tmp_path)
     write(Path("a.jpg"))
     preprocess_here(".")
     if not keeps_note:
         Path("data/64/crop.txt").unlink()
-    Path("data/skipped.txt").unlink()
     preprocess_here(".", *flags)
     out = Path(flags[-1] if flags else "data")
-    assert named(out) == ["a"] and skips(out)["data/64/"] == f"crops of preprocess.py: {1 + keeps_note} file" + (
-        "s" if keeps_note else "")
-    assert f"{1 + keeps_note} crops of preprocess.py" in capsys.readouterr().out
+    assert named(out) == ["a"] and skips(out) == {"data/64/": "crops of preprocess.py"}
+    assert "1 crops of preprocess.py" in capsys.readouterr().out
 
 
-def test_output_of_a_training_is_not_a_photo(trained, tmp_path, convert):
-    """`trained` is a run folder. Its samples are no photos even where SRC is the run folder itself."""
-    write(tmp_path / "src" / "a.jpg")
-    files = sum(path.is_file() for path in trained.rglob("*"))
-    shutil.copytree(trained, tmp_path / "src" / "runs" / "64")
-    out = convert("--allow-upscale")
-    assert named(out) == ["a"] and skips(out) == {"runs/64/": f"output of train.py: {files} files"}
-    assert folders_without_photos(["args.json", "log.jsonl", "samples/1.png", "b/1.jpg"]) == {
-        "samples": "output of train.py"}
-    assert folders_without_photos(["a/args.json", "a/1.jpg", "b/log.jsonl", "b/1.jpg", "samples/1.jpg"]) == {}
+def test_crops_in_a_zip_are_not_photos(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name in ("a.jpg", "data/64/train/a.png", "data/64/crop.txt", "00000/b.jpg"):
+            archive.writestr(name, jpeg())
+    preprocess_here(str(tmp_path / "photos.zip"), "--dataroot", str(tmp_path / "out"))
+    assert named(tmp_path / "out") == ["00000__b", "a"]
+    assert skips(tmp_path / "out") == {"data/64/": "crops of preprocess.py"}
 
 
-def test_pictures_that_our_scripts_draw_are_not_photos(tmp_path, convert):
-    """They carry a mark, wherever somebody copies them."""
-    src, face = tmp_path / "src", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    write(src / "a.jpg")
-    (src / "faces").mkdir()
-    picture = Image.fromarray(face)
-    (src / "faces" / "x.png").write_bytes(encode_png(face))
-    save_image(picture, src / "faces" / "grid.png")
-    save_animation([picture, picture.rotate(90)], src / "faces" / "interpolation.gif")
-    picture.save(src / "faces" / "00000008.png")  # of another program
-    (src / "copied.png").write_bytes(encode_png(face))
+@pytest.mark.parametrize("order", ["a", "z"])
+def test_links_to_folders_are_followed_once(tmp_path, convert, order):
+    """By preprocess.py and by what reads crops. Folders keep their names where a link leads to them, too."""
+    src, elsewhere = tmp_path / "src", tmp_path / "elsewhere"
+    write(src / "m" / "1.jpg", elsewhere / "deep" / "2.jpg", tmp_path / "outside" / "3.jpg")
+    links = {"same": src / "m", "out": elsewhere, "deeper": elsewhere / "deep", "loop": src, "up": tmp_path}
+    for name, target in links.items():
+        (src / f"{order}_{name}").symlink_to(target)
+    (elsewhere / "deep" / "back").symlink_to(elsewhere)
+    assert len(find_images(src)) == 2
     out = convert()
-    assert named(out) == ["a", "faces__00000008"]
-    assert skips(out) == {"faces/": "drawn by FakeFaceGen: 3 files", "copied.png": "drawn by FakeFaceGen"}
-    assert len(DataGenerater(src / "faces", None)) == 4  # evaluate.py still reads them
+    assert set(named(out)) == {f"{order}_deeper__2", "m__1"}
+    read = "link to a folder that is read already"
+    reasons = {"deeper/back": read, "loop": read, "out/deep": read, "same": read, "up": "link to a folder above"}
+    assert skips(out) == {f"{order}_{name}/": reason for name, reason in reasons.items()}
 
 
-def test_pictures_of_the_readme_are_not_photos(tmp_path):
-    assert relative_key(DOCS, ROOT) == "docs" and relative_key(DOCS, tmp_path) is None
-    assert folders_without_photos(["docs/a.png", "x/docs/a.png"], docs="docs") == {"docs": "pictures of the README"}
-
-
-def test_a_source_of_our_own_pictures_alone_is_refused(tmp_path, convert):
+def test_a_source_without_photos_is_refused(tmp_path, convert):
     write(tmp_path / "src" / ".hidden" / "a.jpg")
     with pytest.raises(UserError, match="gave no crop"):
         convert()
-    assert skips(tmp_path / "out") == {".hidden/": "hidden: 1 file"}
+    assert skips(tmp_path / "out") == {".hidden/": "hidden folder"}
 
 
 def test_a_file_that_a_zip_holds_twice_gives_the_later_crop(tmp_path):

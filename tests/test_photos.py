@@ -62,7 +62,7 @@ def test_bad_files_are_listed_and_do_not_stop_the_run(tmp_path, convert):
     out = convert()
     lines = (out / "skipped.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in lines] == sorted(
-        ["empty.jpg", "text.png", "half.jpg", "link.jpg", "loop", "pipe.jpg", "new\\nline.jpg", "bomb.bmp"]
+        ["empty.jpg", "text.png", "half.jpg", "link.jpg", "loop/", "pipe.jpg", "new\\nline.jpg", "bomb.bmp"]
     )
     assert [path.name for path in (out / "64").rglob("*.png")] == ["good.png"]
 
@@ -115,7 +115,7 @@ def test_unreadable_permissions(tmp_path):
     assert os.waitpid(child, 0)[1] == 0, errors
     (tmp_path / "src" / "closed").chmod(0o700)
     assert named(tmp_path / "out") == ["good"]
-    assert skips(tmp_path / "out") == dict.fromkeys(("closed.jpg", "closed"), "unreadable: Permission denied")
+    assert skips(tmp_path / "out") == dict.fromkeys(("closed.jpg", "closed/"), "unreadable: Permission denied")
 
 
 def test_two_thousand_damaged_files(tmp_path):
