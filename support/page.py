@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import atomic_write, printable
+from support.files import atomic_write, page_target, printable
 from support.latent_space import read_latents
 from support.seeding import latents
-from support.targets import page_target
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BLOCK = 8  # columns of a weight matrix that the page's multiply() computes together
