@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,32 @@ def torchrun(processes):
     """The arguments of Python that start `processes` processes of the script that follows."""
     # Without "--", torchrun takes flags of the script for abbreviations of its flags, such as --num.
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
+
+
+def rank_environment(rank, processes, address="127.0.0.1", port=29500):
+    """The environment of a process that torchrun would start as number `rank`. Without its launcher, seconds less."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": address, "MASTER_PORT": port}
+    return os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in variables.items()}
+
+
+def start_ranks(script, *flags_of_ranks, cwd):
+    """A process of `script` for each list of flags. All are joined, as those of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = []
+    for rank, flags in enumerate(flags_of_ranks):
+        environment = rank_environment(rank, len(flags_of_ranks), port=port)
+        command = [sys.executable, *map(str, (ROOT / script, *flags))]
+        processes.append(subprocess.Popen(command, cwd=cwd, env=environment, **pipes))
+    return processes
+
+
+def errors(message):
+    """The lines of standard error that a UserError or the loss of another process has written."""
+    assert "Traceback" not in message, message
+    return [line for line in message.splitlines() if line.startswith("error: ")]
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:
