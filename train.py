@@ -90,7 +90,15 @@ from support.augment import augment, draw_augmentations
 from support.checkpoint import load_checkpoint, save_args, save_checkpoint, save_params
 from support.colour import colour_loss
 from support.cuda_graph import as_cuda_graph
-from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
+from support.devices import (
+    explain_out_of_memory,
+    fits_in_memory,
+    memory_format,
+    pick_precision,
+    place_on_device,
+    refuse_missing_compiler,
+    set_up_training,
+)
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
 from support.seeding import latents, step_latents
@@ -109,13 +117,15 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     else:
         size = args.image_size
         nets = network.Generator(args.nz, args.ngf, size), network.Discriminator(args.ndf, size, args.group_norm)
-    netG, netD = (net.to(device, memory_format=torch.channels_last) for net in nets)
+    layout = memory_format(device, args.precision)
+    netG, netD = (net.to(device, memory_format=layout) for net in nets)
     netG_ema = copy.deepcopy(netG).requires_grad_(False).eval()
     optG, optD = (torch.optim.Adam(net.parameters(), args.lr, (args.beta1, 0.999), fused=True) for net in (netG, netD))
     if args.compile:
         netG.compile()
         netD.compile()
-    return TrainState(netG, netD, netG_ema, optG, optD, torch.zeros(4, device=device), args.colour_weight)
+    totals = torch.zeros(4, device=device)
+    return TrainState(netG, netD, netG_ema, optG, optD, totals, args.colour_weight, memory_format=layout)
 
 
 def step_inputs(args: argparse.Namespace, step: int, batch: torch.Tensor) -> list[torch.Tensor]:
@@ -137,7 +147,7 @@ def train_step(
     The batch holds indices (N,) into the training `images` on the device, or uint8 images (N,3,S,S) if that is None.
     """
     batch, z, weight, *augmentations = (x.to(state.totals.device, non_blocking=True) for x in inputs)
-    real = to_float(batch if images is None else images[batch]).contiguous(memory_format=torch.channels_last)
+    real = to_float(batch if images is None else images[batch]).contiguous(memory_format=state.memory_format)
     update_networks(state, autocast, real, z, *augmentations)
     update_ema(state.netG_ema, state.netG, weight)
 
@@ -244,6 +254,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     """Everything from the data on disk to the pictures of the finished training. Returns the signal that stopped it."""
     args.epochs = args.epochs or (DEMO_EPOCHS.get(device.type, 20) if args.demo else 5)
     dataset, first_rank = open_dataset(args), distributed.is_first_rank()
+    if args.compile:
+        refuse_missing_compiler(device)
     lock = open_outdir(args.outdir, args.resume) if first_rank else None
     if all(distributed.gather(fits_in_memory(len(dataset), args.image_size))):
         dataset.decode_all()
@@ -264,6 +276,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
             save_checkpoint(state, args, log)  # --resume works from here on
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
         images, signals = place_on_device(dataset.images, device), distributed.catch_signals()
+        if images is not None:
+            dataset.images = None  # batches are indices; the copy on the device is enough
         step = partial(train_step, state, autocast, images)
         with as_cuda_graph(step, (state.optD, state.optG), device) as launch:
             setup = Setup(args, device, dataset, images, launch, log, score, autocast, signals, Throughput(state.step))

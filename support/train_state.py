@@ -30,6 +30,7 @@ class TrainState:
     totals: torch.Tensor
     colour_weight: float
     step: int = 0
+    memory_format: torch.memory_format = torch.channels_last  # of the weights, and so of real images
 
     def parts(self) -> dict:
         """Networks and optimisers by their names in a checkpoint, where the EMA weights are called "average"."""
