@@ -153,6 +153,18 @@ def listen_to_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def kill_one_of_two(dataroot, folder, *flags):
+    """Kills one of two processes of a small training. The other must say so and end, without a wait for it."""
+    flags = [*SMALL, "--dataroot", dataroot, "--outdir", folder / "run", "--epochs", 500, *flags]
+    first, second = start_ranks("train.py", flags, flags, cwd=folder)
+    wait_for(lambda: (folder / "run" / "log.jsonl").exists() and len(log_rows(folder / "run")) > 2, first)
+    second.kill()
+    second.communicate()
+    _, message = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert len(errors(message)) == 1 and "another process has ended" in errors(message)[0], message
+
+
 def load(path):
     """The content of a checkpoint or of a file of weights."""
     import torch

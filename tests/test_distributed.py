@@ -12,12 +12,12 @@ from helpers import (
     SMALL,
     assert_equal,
     errors,
+    kill_one_of_two,
     load,
     run_python,
     run_training,
     start_ranks,
     torchrun,
-    wait_for,
 )
 from PIL import Image
 
@@ -61,14 +61,7 @@ def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):
 
 
 def test_after_the_death_of_one_process_the_other_says_so_and_ends(dataroot, tmp_path):
-    flags = [*SMALL, "--dataroot", dataroot, "--outdir", tmp_path / "run", "--epochs", 500]
-    first, second = start_ranks("train.py", flags, flags, cwd=tmp_path)
-    wait_for((tmp_path / "run" / "checkpoint.pt").exists, first)
-    second.kill()
-    second.communicate()
-    _, message = first.communicate(timeout=60)
-    assert first.returncode == 1
-    assert len(errors(message)) == 1 and "another process has ended" in errors(message)[0], message
+    kill_one_of_two(dataroot, tmp_path)
 
 
 def test_evaluate_in_two_processes_equals_one_process(dataroot, weights, tmp_path):
