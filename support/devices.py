@@ -37,7 +37,9 @@ def name_device(name: str) -> str:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that --device `name` means. Raises UserError when torch cannot use it.
+    """The device that --device `name` means; of several GPUs, it becomes the current one.
+
+    Raises UserError when torch cannot use it.
 
     `local_rank` is the number of this process among several on this machine, each of which takes a GPU.
 
@@ -52,6 +54,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(found)
         torch.ones(1, device=device).cpu()  # takes memory, runs a kernel and waits for the result
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch.AcceleratorError is a RuntimeError
         raise unusable(name if name == found else f"{name} ({found})", error) from None
     return device

@@ -36,9 +36,7 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     if missing and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise UserError(f"WORLD_SIZE is set and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE")
     device = pick_device(name, None if missing else int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
-    elif device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
     if not missing:
         connect_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

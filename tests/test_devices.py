@@ -85,6 +85,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pick_device("auto", local_rank=2)
 
 
+def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+    """CUDA graphs are recorded on the current device, also in benchmarks/."""
+    chosen = []
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1") == chosen[0]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept(tmp_path):
     """A block of 64 MiB has 16,384 pages. They cause no page faults when glibc keeps the larger block freed before."""
