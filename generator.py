@@ -79,7 +79,7 @@ from tqdm import tqdm
 from dataloader import to_float, to_uint8
 from network import Generator
 from support import distributed
-from support.devices import DTYPES, explain_out_of_memory
+from support.devices import DTYPES, explain_out_of_memory, memory_format
 from support.images import encode_png, image_grid, save_animation, save_image, side_by_side, to_pil
 from support.latent_space import arithmetic, interpolate, mean_latent, neighbours, read_latents
 from support.page import draw_page
@@ -99,7 +99,8 @@ def choose_params(params: Path | None) -> Path:
 def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
     """The generator in `path`, in eval mode, its tensors of DTYPES[precision]. Raises UserError that names the file."""
     content = load_tensors(path, PARAMS_REMEDY)
-    return generator_from_state_dict(content, path).to(device, DTYPES[precision], memory_format=torch.channels_last)
+    layout = memory_format(torch.device(device), precision)
+    return generator_from_state_dict(content, path).to(device, DTYPES[precision], memory_format=layout)
 
 
 def generator_from_state_dict(content: dict, path: str | Path) -> Generator:

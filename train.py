@@ -107,7 +107,15 @@ from support.checkpoint import (
 )
 from support.colour import colour_loss
 from support.cuda_graph import as_cuda_graph
-from support.devices import explain_out_of_memory, fits_in_memory, pick_precision, place_on_device, set_up_training
+from support.devices import (
+    explain_out_of_memory,
+    fits_in_memory,
+    memory_format,
+    pick_precision,
+    place_on_device,
+    refuse_missing_compiler,
+    set_up_training,
+)
 from support.ema import ema_weight, recalibrate_batchnorm, update_ema
 from support.images import image_grid, save_image
 from support.seeding import latents, step_latents
@@ -141,15 +149,31 @@ def step_inputs(args: argparse.Namespace, step: int, batch: Tensor) -> StepInput
     return StepInputs(batch, z, weight, augmentations)
 
 
+def mixed_precision(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def make_step(state: TrainState, args: argparse.Namespace, images: Tensor | None) -> Callable[[StepInputs], None]:
+    """train_step() with everything that stays the same in a training."""
+    device = state.totals.device
+    layout = memory_format(device, args.precision)
+    return partial(train_step, state, images, layout, mixed_precision(args, device), args.colour_weight)
+
+
 def train_step(
-    state: TrainState, images: Tensor | None, autocast: torch.autocast, colour_weight: float, inputs: StepInputs
+    state: TrainState,
+    images: Tensor | None,
+    layout: torch.memory_format,
+    autocast: torch.autocast,
+    colour_weight: float,
+    inputs: StepInputs,
 ) -> None:
     """One step of D, of G and of the EMA weights. On a GPU, one CUDA graph holds all of it.
 
     `images` uint8 (M,3,S,S) are all training images on the device. With None, the batch holds images, not indices.
     """
     batch, z, weight, augmentations = inputs.to(state.totals.device)
-    real = to_float(batch if images is None else images[batch]).contiguous(memory_format=torch.channels_last)
+    real = to_float(batch if images is None else images[batch]).contiguous(memory_format=layout)
     update_networks(state, autocast, colour_weight, real, z, augmentations)
     update_ema(state.netG_ema, state.netG, weight)
 
@@ -211,8 +235,9 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     else:
         netG = network.Generator(args.nz, args.ngf, args.image_size)
         netD = network.Discriminator(args.ndf, args.image_size, args.group_norm)
-    netG = netG.to(device, memory_format=torch.channels_last)
-    netD = netD.to(device, memory_format=torch.channels_last)
+    layout = memory_format(device, args.precision)
+    netG = netG.to(device, memory_format=layout)
+    netD = netD.to(device, memory_format=layout)
     netG_ema = copy.deepcopy(netG).requires_grad_(False).eval()
     optG = torch.optim.Adam(netG.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr, (args.beta1, 0.999), fused=True)
@@ -239,22 +264,21 @@ def train_epoch(bar: tqdm, state: TrainState, args: argparse.Namespace, launch: 
     return 0
 
 
-def end_epoch(
-    state: TrainState, args: argparse.Namespace, autocast: torch.autocast, log: TrainingLog, stop: int
-) -> None:
+def end_epoch(state: TrainState, args: argparse.Namespace, log: TrainingLog, stop: int) -> None:
     """Fit the EMA weights' BatchNorm, measure the FID if that is due, write parameters, a grid of faces, a checkpoint.
 
     On a GPU, where an epoch may take less than a second, it writes every 30 seconds, and whenever it must.
     """
     state.refuse_divergence(args.outdir)
+    device = state.totals.device
     epoch = state.step // log.steps_per_epoch
     is_last = epoch == args.epochs
     is_eval_epoch = args.eval_every > 0 and (epoch % args.eval_every == 0 or is_last)
-    writes = is_last or is_eval_epoch or stop > 0 or log.is_time_to_write(state.totals.device)
+    writes = is_last or is_eval_epoch or stop > 0 or log.is_time_to_write(device)
     fid = None
     if writes:
-        with autocast:
-            recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, state.totals.device)
+        with mixed_precision(args, device):
+            recalibrate_batchnorm(state.netG_ema, args.seed, state.step, args.batch_size, device)
         fid = log.measure_fid(state) if is_eval_epoch else None
         distributed.first_rank_writes(partial(write_faces, state, args, epoch))
     log.add_row(state, (log.steps_per_epoch - 1) % LOG_EVERY + 1, fid)
@@ -288,14 +312,12 @@ def run_epochs(state: TrainState, args: argparse.Namespace, dataset: DataGenerat
     """All steps from state.step on. Returns the signal that stopped them, or 0."""
     device = state.totals.device
     rank, world_size = distributed.rank_and_world_size()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     images = place_on_device(dataset.images, device)
     if images is not None:
-        dataset.images = images  # frees the copy in the memory of the CPU
+        dataset.images = None  # batches are indices; the copy on the device is enough
     options = {"rank": rank, "world_size": world_size, "as_indices": images is not None}
     options |= {"workers": args.workers, "pin_memory": device.type == "cuda"}
-    step = partial(train_step, state, images, autocast, args.colour_weight)
-    with as_cuda_graph(step, (state.optD, state.optG), device) as launch:
+    with as_cuda_graph(make_step(state, args, images), (state.optD, state.optG), device) as launch:
         for epoch in range(state.step // log.steps_per_epoch, args.epochs):
             first = state.step % log.steps_per_epoch
             batches = make_loader(dataset, args.batch_size, args.seed, epoch, first, **options)
@@ -304,7 +326,7 @@ def run_epochs(state: TrainState, args: argparse.Namespace, dataset: DataGenerat
             bar = tqdm(batches, label, log.steps_per_epoch, initial=first, disable=hidden)
             stop = train_epoch(bar, state, args, launch, log)
             if state.step % log.steps_per_epoch == 0:
-                end_epoch(state, args, autocast, log, stop)
+                end_epoch(state, args, log, stop)
             if stop:
                 return stop
     return 0
@@ -316,6 +338,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     args.epochs = args.epochs or (DEMO_EPOCHS.get(device.type, 20) if args.demo else 5)
     if args.workers is None:
         args.workers = count_cores() if device.type == "cuda" else 2
+    if args.compile:
+        refuse_missing_compiler(device)
     args.precision = pick_precision(args.precision, device)
     dataset = open_dataset(args)
     first_rank = distributed.is_first_rank()

@@ -1,120 +1,133 @@
-"""Everything that is worth measuring on a GPU, most valuable first: each step writes its log and one line of results.
+"""The tests and trainings that need a GPU, one after the other, in a quarter of an hour on an H200 (computed).
 
-    python benchmarks/gpu.py --photos celeba.zip --partition list_eval_partition.txt --weights INCEPTION --out results
+    python benchmarks/gpu.py --dataroot data_82k --out results --weights INCEPTION
+    python benchmarks/gpu.py --dataroot data_82k --out results --only tests best_64_0
 
-A step that fails or takes too long does not stop the next one. results/summary.jsonl has a row a step: its seconds, its
-exit code, and what was measured. --only runs the steps of these names.
+No network is needed: --dataroot holds the crops of preprocess.py at 64x64 and 128x128. After each step, --out has its
+results in results.json, and its networks in half precision as <step>.pt. Files above 15 MiB are split into <step>.pt.0,
+<step>.pt.1, ...; `cat best_128.pt.* > best_128.pt` joins them, and generator.py takes the file as --params. A step that
+fails or takes too long does not stop the next one.
 """
 
 import argparse
 import json
-import shutil
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import HelpFormatter, run
 from support.training_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--"]
+PART = 15 * 2**20  # bytes
+BEST = ("netG_ema", "netD")  # the networks of a checkpoint that a step keeps: EMA weights of G, and D
+REPORT = ("netG_ema", "netG")  # EMA and raw weights of G
+# Name: (limit in seconds, networks to keep, folder of the training, flags of train.py). The most valuable come first.
+TRAININGS = {
+    "best_64_0": (200, BEST, "best_64_0", "--recipe best --epochs 14 --seed 0"),
+    "best_64_1": (200, BEST, "best_64_1", "--recipe best --epochs 14 --seed 1"),
+    "best_64_0_long": (300, BEST, "best_64_0", "--recipe best --epochs 35 --seed 0 --resume"),
+    "best_128": (360, ("netG_ema",), "best_128", "--recipe best --epochs 14 --image-size 128"),
+    "report_64_0": (60, REPORT, "report_64_0", "--epochs 14 --seed 0"),
+    "report_64_1": (60, REPORT, "report_64_1", "--epochs 14 --seed 1"),
+}
 
 
-def steps(args: argparse.Namespace) -> list[tuple[int, dict[str, list]]]:
-    """(limit in seconds, {name: arguments of Python}): what is in one dictionary runs side by side on the GPU.
+def run_python(arguments: list, limit: int, log: Path) -> int | str:
+    """Run `python <arguments>` and return its exit code, or "too slow" after `limit` seconds.
 
-    Names that begin with "train" have a training in out/<name>. A training that reaches its limit keeps the weights of
-    its last epoch, and the next step measures them.
+    The process gets a group of its own. At the limit, SIGTERM goes to the whole group, so that torchrun can end its
+    processes and a training can write its checkpoint. After half a minute, the group is killed.
     """
-    data, out = args.out / "data", args.out
-
-    def train(name: str, *flags, launcher=()) -> list:
-        return [*launcher, ROOT / "train.py", "--dataroot", data, "--outdir", out / name, *flags]
-
-    def measure(name: str, weights: str = "generator") -> list:
-        flags = ["--inception", "tf2015", "--weights", args.weights, "--dims", 768, "--overwrite"]
-        params, result = out / f"train_{name}" / f"{weights}.params", out / f"measure_{name}_{weights}.json"
-        return [ROOT / "evaluate.py", "--params", params, "--dataroot", data, "--json", result, *flags]
-
-    end_to_end = [ROOT / "benchmarks" / "end_to_end.py", "--photos", args.photos, "--weights", args.weights]
-    bits = ["--epochs", 2, "--deterministic"]
-
-    def best(name: str, epochs: int, *flags) -> dict[str, list]:
-        return {name: train(name, "--recipe", "best", "--epochs", epochs, *flags)}
-
-    seeds = (0, 1)
-    return [
-        (120, {"crops": [ROOT / "preprocess.py", args.photos, "--partition", args.partition, "--dataroot", data]}),
-        (120, {"tests": ["-m", "pytest", "-q", "-n", "2", ROOT / "tests" / "test_step.py", "-k", "cuda_graph"]}),
-        (60, best("train_best", 4)),
-        (240, best("train_best_0", 56, "--seed", 0) | best("train_best_1", 56, "--seed", 1)),
-        (60, {f"measure_best_{seed}_generator": measure(f"best_{seed}") for seed in seeds}),
-        (300, best("train_best_long", 480) | best("train_best_128", 480, "--image-size", 128)),
-        (60, {f"measure_best_{name}_generator": measure(f"best_{name}") for name in ("long", "128")}),
-        (60, {"train_report": train("train_report", "--epochs", 10)}),
-        (60, {"train_128": train("train_128", "--image-size", 128, "--epochs", 8)}),
-        (300, {"end_to_end": [*end_to_end, "--steps", 200, "--fid-images", 2000, "--json", out / "end_to_end.json"]}),
-        (60, {"train_plain_bits": train("train_plain_bits", *bits)}),
-        (60, {"train_nccl_bits": train("train_nccl_bits", *bits, launcher=TORCHRUN)}),
-        (60, {"train_nccl": train("train_nccl", "--epochs", 10, launcher=TORCHRUN)}),
-        (150, {"train_compiled": train("train_compiled", "--epochs", 10, "--compile")}),
-        (90, {f"train_report_{seed}": train(f"train_report_{seed}", "--epochs", 56, "--seed", seed) for seed in seeds}),
-        (60, {f"measure_report_{seed}_generator": measure(f"report_{seed}") for seed in seeds}),
-        (60, {f"measure_report_{seed}_generator_raw": measure(f"report_{seed}", "generator_raw") for seed in seeds}),
-        (150, best("train_compiled_best", 4, "--compile")),
-    ]
-
-
-def results(name: str, out: Path) -> dict:
-    """What the step `name` has measured: the median speed of a training, or the content of its JSON file."""
-    found = {}
-    speeds = [row["images_per_sec"] for row in read_log(out / name / "log.jsonl")]
-    if speeds:
-        found["images_per_sec"] = statistics.median(speeds)
-    if name == "train_nccl_bits":
-        plain, nccl = (out / step / "generator_raw.params" for step in ("train_plain_bits", name))
-        found["same_bits"] = plain.exists() and nccl.exists() and plain.read_bytes() == nccl.read_bytes()
-    path = out / f"{name}.json"
-    return found | (json.loads(path.read_text()) if path.exists() else {})
-
-
-def run_step(name: str, limit: int, arguments: list, out: Path) -> None:
-    """Run one step and append its row to summary.jsonl."""
-    start = time.perf_counter()
-    shutil.rmtree(out / name, ignore_errors=True)  # or results() would report an older run
-    (out / f"{name}.json").unlink(missing_ok=True)
-    with (out / f"{name}.log").open("w") as log:
+    with log.open("w") as file:
+        command = [sys.executable, *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            command = [sys.executable, *map(str, arguments)]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
-            code = "too slow"
-    row = {"step": name, "seconds": round(time.perf_counter() - start, 1), "exit": code} | results(name, out)
-    print(json.dumps(row), flush=True)
-    with (out / "summary.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            return "too slow"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what the group has left on the GPU
+            process.wait()
+
+
+def save_half(checkpoint: Path, networks: tuple[str, ...], path: Path) -> None:
+    """Write `networks` of the checkpoint to `path` in half precision, in parts where that is above PART bytes."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    halves = {}
+    for name in networks:
+        state = content[name].items()
+        halves[name] = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state}
+    torch.save(halves, path)
+    data = path.read_bytes()
+    if len(data) > PART:
+        path.unlink()
+        for number, start in enumerate(range(0, len(data), PART)):
+            path.with_name(f"{path.name}.{number}").write_bytes(data[start : start + PART])
+
+
+def run_tests(args: argparse.Namespace) -> dict:
+    log = args.out / "tests.log"
+    code = run_python(["-m", "pytest", "-q", "-n", 2, "tests/test_gpu.py"], 180, log)
+    return {"exit": code, "summary": log.read_text().splitlines()[-1:]}
+
+
+def run_training(name: str, args: argparse.Namespace) -> dict:
+    """Train, keep the networks, and with --weights measure the FID of the EMA weights against the test split."""
+    limit, networks, folder, flags = TRAININGS[name]
+    outdir = args.work / folder
+    command = ["train.py", "--dataroot", args.dataroot, "--outdir", outdir, "--device", args.device, *flags.split()]
+    result = {"exit": run_python(command, limit, args.out / f"{name}.log")}
+    rows = read_log(outdir / "log.jsonl")
+    if not rows:
+        return result
+    save_half(outdir / "checkpoint.pt", networks, args.out / f"{name}.pt")
+    result |= {"step": rows[-1]["step"], "epoch": rows[-1]["epoch"]}
+    result["images_per_sec"] = statistics.median(row["images_per_sec"] for row in rows)
+    if args.weights:
+        measured = args.work / f"{name}.json"
+        command = ["evaluate.py", "--params", outdir / "generator.params", "--dataroot", args.dataroot, "--dims", 768]
+        command += ["--inception", "tf2015", "--weights", args.weights, "--json", measured, "--overwrite"]
+        result["exit_evaluate"] = run_python([*command, "--device", args.device], 120, args.out / f"{name}_fid.log")
+        result["evaluate"] = json.loads(measured.read_text()) if measured.exists() else None
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    names = ["tests", *TRAININGS]
     add = parser.add_argument
-    add("--photos", type=Path, required=True, help="zip of CelebA's photos, or of some of them")
-    add("--partition", type=Path, required=True, help="list_eval_partition.txt")
-    add("--weights", type=Path, required=True, help="state dict of the Inception network of 2015-12-05")
-    add("--out", type=Path, required=True, help="folder for the crops, trainings, logs and results")
-    add("--only", nargs="+", metavar="STEP", help="names of the steps to run (default: all)")
+    add("--dataroot", type=Path, required=True, help="folder that preprocess.py made, with 64/ and 128/")
+    add("--out", type=Path, required=True, help="folder for results.json, the logs and the networks")
+    add("--work", type=Path, default=Path("runs/gpu"), help="folder for the trainings")
+    add("--weights", type=Path, help="Inception weights of 2015-12-05; without them no FID is measured")
+    add("--device", default="cuda", help="cuda or cuda:1; cpu to try this script")
+    add("--only", nargs="+", choices=names, default=names, metavar="STEP", help=f"steps to run, of {', '.join(names)}")
     args = parser.parse_args(argv)
+    for name in ("dataroot", "out", "work", "weights"):
+        path = getattr(args, name)
+        setattr(args, name, path and path.absolute())
     args.out.mkdir(parents=True, exist_ok=True)
-    for limit, commands in steps(args):
-        names = [name for name in commands if not args.only or name in args.only]
-        with ThreadPoolExecutor() as pool:
-            rows = [pool.submit(run_step, name, limit, commands[name], args.out) for name in names]
-        for row in rows:
-            row.result()  # raises what went wrong in run_step()
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in args.only:
+        start = time.perf_counter()
+        results[name] = run_tests(args) if name == "tests" else run_training(name, args)
+        results[name]["seconds"] = round(time.perf_counter() - start, 1)
+        print(json.dumps({name: results[name]}), flush=True)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

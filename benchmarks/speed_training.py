@@ -114,10 +114,9 @@ class OurLoop:
         flags += ["--workers", workers]
         self.args, self.device, self.dataset = train.parse_args([*map(str, flags)]), device, dataset
         self.state, self.data_wait_sec = train.make_state(self.args, device), 0.0
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         torch.backends.cudnn.benchmark = True
         self.images = place_on_device(dataset.images, device)
-        self.launch = self.plain_step = partial(train.train_step, self.state, autocast, self.images)
+        self.launch = self.plain_step = train.make_step(self.state, self.args, self.images)
         if device.type == "cuda":
             self.launch = CudaGraph(self.plain_step, (self.state.optD, self.state.optG), device)
         self.batches = self.read_batches()
@@ -134,7 +133,7 @@ class OurLoop:
         start = time.perf_counter()
         batch = next(self.batches)
         self.data_wait_sec += time.perf_counter() - start
-        self.launch(*train.step_inputs(self.args, self.state.step, batch))
+        self.launch(train.step_inputs(self.args, self.state.step, batch))
         self.state.step += 1
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from support.files import UserError, printable
+from support.workers import memory_limit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that --precision takes
 
@@ -36,7 +37,9 @@ def name_device(name: str) -> str:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that --device `name` means. Raises UserError when torch cannot use it.
+    """The device that --device `name` means; of several GPUs, it becomes the current one.
+
+    Raises UserError when torch cannot use it.
 
     `local_rank` is the number of this process among several on this machine, each of which takes a GPU.
 
@@ -51,15 +54,21 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(found)
         torch.ones(1, device=device).cpu()  # takes memory, runs a kernel and waits for the result
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch.AcceleratorError is a RuntimeError
         raise unusable(name if name == found else f"{name} ({found})", error) from None
     return device
 
 
 def unusable(name: str, error: Exception) -> UserError:
-    """The UserError for a device that fails. Of torch's text, the first sentence names the cause."""
-    cause = re.split(r"[.;!] |[.!]?\n|[.!]$", str(error), maxsplit=1)[0]
-    return UserError(f"--device {name} cannot be used: {printable(cause)[:200]}; mend that, or pass --device cpu")
+    """The UserError for a device that fails."""
+    return UserError(f"--device {name} cannot be used: {explain(error)}; mend that, or pass --device cpu")
+
+
+def explain(error: Exception) -> str:
+    """The first sentence of torch's text, which names the cause."""
+    return printable(re.split(r"[.;!] |[.!]?\n|[.!]$", str(error), maxsplit=1)[0])[:200]
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -70,6 +79,18 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if device.type == "cpu" and fast else "fp32"
+
+
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """The layout of weights and images that makes convolutions fast: channels_last, where there are kernels for it.
+
+    GPUs below compute capability 8.0 (V100, T4) have none for fp32, and are slower with it (pytorch issue 44943).
+    """
+    if precision == "bf16" or device.type == "cpu":
+        return torch.channels_last
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def with_float64(device: torch.device) -> torch.device:
@@ -83,7 +104,8 @@ def explain_out_of_memory(remedy: str):
     try:
         yield
     except RuntimeError as error:  # of torch or CUDA, of the CPU, of cuBLAS
-        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        # An error that ends the recording of a CUDA graph can follow the one that says why.
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", f"{error} {error.__context__}"):
             raise UserError(f"the device is out of memory; {remedy}") from None
         raise
 
@@ -94,6 +116,15 @@ def set_up_training(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to work
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic  # tries the algorithms once, since shapes never change
+
+
+def refuse_missing_compiler(device: torch.device) -> None:
+    """Raise UserError when torch.compile does not work on `device`: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler, of a missing package, or of torch
+        cause = explain(error)
+        raise UserError(f"--compile does not work here ({cause}); install a C++ compiler, or leave it out") from None
 
 
 def keep_freed_memory() -> None:
@@ -117,9 +148,13 @@ def place_on_device(images: torch.Tensor | None, device: torch.device) -> torch.
 
 
 def fits_in_memory(n: int, image_size: int) -> bool:
-    """Whether `n` uint8 images take less than half of this machine's memory (8 GiB where the system does not say)."""
+    """Whether `n` uint8 images, held by each process of this machine, take less than half of the memory.
+
+    That is what the container allows, else what the machine has, else 8 GiB where the system does not say.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         memory = 8 * 2**30
-    return 3 * image_size**2 * n < memory / 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of torchrun on this machine
+    return processes * 3 * image_size**2 * n < min(memory, memory_limit()) / 2

@@ -4,15 +4,14 @@
         rank, world_size = rank_and_world_size()        # (0, 1) without torchrun
 """
 
-import io
 import os
 import platform
 import re
 import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -22,29 +21,27 @@ import torch.distributed.nn  # before a group exists: its default arguments woul
 from support.devices import keep_freed_memory, pick_device
 from support.files import UserError, printable
 
-STEP_TIMEOUT = timedelta(seconds=45)  # a machine without power or network is noticed after this time
-step_group = None  # the processes again, as a gloo group with this timeout; None before the first step has ended
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+TIMEOUT = timedelta(minutes=10)  # a machine without power or network is noticed after this time
 
 
 @contextmanager
 def joined_ranks(name: str) -> Iterator[torch.device]:
     """The device `name` of this process. Under torchrun, the block runs in the group of all processes.
 
-    Tensors on CUDA travel over NCCL, all others over gloo. Raises UserError as pick_device() does, when the processes
-    cannot connect to each other, and when another one has ended or its machine cannot be reached.
+    Tensors on CUDA travel over NCCL, all others over gloo. Raises UserError as pick_device() does, and when the
+    processes cannot connect to each other. Ends this process when another one is lost, see end_on_lost_rank().
     """
-    missing = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"WORLD_SIZE is set and {min(missing)} is not; start with torchrun, or unset WORLD_SIZE")
+    missing = [variable for variable in VARIABLES if not os.environ.get(variable)]
+    if missing and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UserError(f"WORLD_SIZE is set and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE")
     device = pick_device(name, None if missing else int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # NCCL and CUDA graphs use the current device
-    elif device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
     if not missing:
         connect_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        with explain_lost_rank():
+        with end_on_lost_rank():
             yield device
     finally:
         leave_ranks()
@@ -53,39 +50,54 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
 def connect_ranks(backend: str) -> None:
     """Make the group of all processes. Raises UserError when one cannot be reached."""
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except RuntimeError as error:
-        cause = printable(str(error).splitlines()[0])[:200]
-        raise UserError(f"the processes cannot connect: {cause}; see docs/training.md") from None
+        raise UserError(f"the processes cannot connect: {first_line(str(error))}; see docs/training.md") from None
 
 
 @contextmanager
-def explain_lost_rank() -> Iterator[None]:
-    """Turn the error that follows the end of another process, or of its machine, into a UserError."""
+def end_on_lost_rank() -> Iterator[None]:
+    """Print one sentence and end this process at once when another process, or its machine, is lost.
+
+    Nothing is cleaned up: with NCCL, leaving the group would wait for kernels that wait for the lost process.
+    """
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or re.search("gloo|NCCL|[Cc]onnection", str(error))
-        if dist.is_initialized() and lost:
-            raise UserError("another process has ended or cannot be reached; read its output, then start all processes "
-                            "again, train.py with --resume") from None
-        raise
+        message = explain_group_error(error) if dist.is_initialized() else None
+        if message is None:
+            raise
+        try:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        finally:
+            os._exit(1)
+
+
+def explain_group_error(error: RuntimeError) -> str | None:
+    """One sentence for an error of gloo or NCCL, with its cause; None for other errors."""
+    text = str(error)  # of NCCL, it ends with "Last error:" and a line that names the cause
+    if not (isinstance(error, dist.DistError) or re.search("gloo|NCCL|[Cc]onnection", text)):
+        return None
+    cause = first_line(text.partition("Last error:")[2].strip() or text)
+    if "NCCL error" in text and "ncclRemoteError" not in text:  # of this process: a small /dev/shm, another network
+        return f"NCCL cannot connect the GPUs: {cause}; see docs/training.md"
+    return (f"another process has ended or cannot be reached ({cause}); read its output, then start all processes "
+            "again, train.py with --resume")
+
+
+def first_line(text: str) -> str:
+    """The first line of an error's text without the place in torch's sources, at most 200 characters."""
+    return printable(re.sub(r"^\[\S+\] ", "", text.splitlines()[0]))[:200]
 
 
 def leave_ranks() -> None:
     """Leave the group of all processes, if any."""
-    global step_group
-    step_group = None
     if dist.is_initialized():
         # The group's threads free the tensors that they sent last, and need Python's lock for that. The next line
         # holds the lock while it waits for these threads: without the pause, some processes never ended.
         time.sleep(0.2)
         dist.destroy_process_group()
-
-
-def is_joined() -> bool:
-    """Whether this process is one of several that torchrun started."""
-    return dist.is_initialized()
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -104,7 +116,7 @@ def is_first_on_machine() -> bool:
 
 
 def wait_for_ranks() -> None:
-    """Return once all processes have called this, which may take half an hour."""
+    """Return once all processes have called this, which may take as long as TIMEOUT."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # over gloo; dist.barrier() would keep the GPUs busy
 
@@ -127,56 +139,30 @@ def once_per_machine(make: Callable[[], object]) -> object:
 
 
 def first_rank_writes(write: Callable[[], None]) -> None:
-    """Call write() in the first process while the others wait, however long it takes, unless its machine is lost.
-
-    Meanwhile a thread of the first process answers every 10 seconds: 0 while write() runs. The last answer is 1.
-    """
-    answer, written = torch.zeros(1), threading.Event()
-    if not dist.is_initialized():
+    """Call write() in the first process while the others wait."""
+    if is_first_rank():
         write()
-        return
-    if not is_first_rank():
-        while not answer:
-            dist.all_reduce(answer, group=step_group)
-        return
-
-    def answer_others() -> None:
-        while not written.wait(10):
-            with suppress(RuntimeError):  # of a lost machine; the last answer fails as well
-                dist.all_reduce(torch.zeros(1), group=step_group)
-
-    thread = threading.Thread(target=answer_others, daemon=True)
-    thread.start()
-    try:
-        write()
-    finally:
-        written.set()
-        thread.join()
-    dist.all_reduce(torch.ones(1), group=step_group)
+    wait_for_ranks()
 
 
 def from_first_rank(read: Callable[[], object]) -> object:
     """What read() returns in the first process: plain data and tensors, which all processes get.
 
-    A UserError of read() is raised in all processes. The data travel as torch.save writes them, so that they are data
-    on arrival too.
+    A UserError of read() is raised in all processes.
     """
     if not dist.is_initialized():
         return read()
-    file, content = io.BytesIO(), {}
+    content = [None, None]
     if is_first_rank():
         try:
-            content = {"value": read()}
+            content[0] = read()
         except UserError as error:
-            content = {"error": str(error)}
-        torch.save(content, file)
-    size = gather(file.tell())[0]
-    data = torch.frombuffer(bytearray(file.getvalue() or size), dtype=torch.uint8)
-    dist.broadcast(data, src=0)
-    content = torch.load(io.BytesIO(data.numpy()), weights_only=True)
-    if "error" in content:
-        raise UserError(content["error"])
-    return content["value"]
+            content[1] = str(error)
+    dist.broadcast_object_list(content, src=0)
+    value, problem = content
+    if problem:
+        raise UserError(problem)
+    return value
 
 
 def refuse_differences(settings: dict, remedies: dict[str, str]) -> None:
@@ -203,16 +189,17 @@ def average_over_ranks(tensors: list[torch.Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat, group=None if flat.is_cuda else step_group)
+        dist.all_reduce(flat)
         parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts):
             tensor.copy_(part.view_as(tensor))
 
 
 def catch_signals() -> list[int]:
-    """A list that receives the first SIGINT, SIGTERM or SIGHUP. A second SIGINT or SIGTERM ends the process at once.
+    """A list that receives the first SIGINT, SIGTERM, SIGHUP or SIGUSR1, which SLURM's --signal sends.
 
-    Signals that are ignored stay ignored, such as SIGHUP under `nohup`.
+    A second SIGINT or SIGTERM ends the process at once. Signals that are ignored stay ignored, such as SIGHUP under
+    `nohup`.
     """
     caught = []
     _, world_size = rank_and_world_size()
@@ -223,7 +210,7 @@ def catch_signals() -> list[int]:
         if world_size == 1 and number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has neither of the last two
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
@@ -231,15 +218,8 @@ def catch_signals() -> list[int]:
 
 
 def agree_on_signal(caught: list[int]) -> int:
-    """A signal that any process has caught, or 0. All processes get the same, and so stop after the same step.
-
-    The first step may take minutes, with torch.compile. From its end on, no process waits in a step for longer than
-    STEP_TIMEOUT. Longer work of the first process goes through first_rank_writes().
-    """
-    global step_group
+    """A signal that any process has caught, or 0. All processes get the same, and so stop after the same step."""
     number = torch.tensor(caught[:1] or [0])
     if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=step_group)
-        if step_group is None:
-            step_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)

@@ -98,7 +98,7 @@ def iterate_in_processes(
 
 def count_cores(root: Path = Path("/")) -> int:
     """Number of CPU cores that this process may use, by its affinity and the limits of its cgroups below `root`."""
-    return math.ceil(min(count_affinity(), *cgroup_limits(root)))
+    return math.ceil(min(count_affinity(), *cgroup_limits(root, "cpu", read_limit)))
 
 
 def count_affinity() -> int:
@@ -106,17 +106,17 @@ def count_affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cgroup_limits(root: Path) -> list[float]:
-    """How many CPUs' time each cgroup of this process and each parent of it may use, infinite where it has no limit."""
+def cgroup_limits(root: Path, controller: str, read: Callable[[Path], float]) -> list[float]:
+    """What read() finds in the folder of each cgroup of this process and of each parent, with infinity first."""
     limits = [math.inf]
     with suppress(OSError, ValueError):  # no Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)  # "0::/a/b" (version 2) or "3:cpu,cpuacct:/a/b" (version 1)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            top, group = root / "sys/fs/cgroup" / ("cpu" if controllers else ""), Path(path.lstrip("/"))
+            top, group = root / "sys/fs/cgroup" / (controller if controllers else ""), Path(path.lstrip("/"))
             # In a container, the path may be the one outside of it. The container's own cgroup is then at the top.
-            limits += [read_limit(top / folder) for folder in (group, *group.parents)]
+            limits += [read(top / folder) for folder in (group, *group.parents)]
     return limits
 
 
@@ -127,4 +127,17 @@ def read_limit(cgroup: Path) -> float:
             quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())  # not "max"
             if quota > 0:  # -1: no limit
                 return quota / period
+    return math.inf
+
+
+def memory_limit(root: Path = Path("/")) -> float:
+    """Bytes of memory that the cgroups of this process below `root` allow; infinite without a limit."""
+    return min(cgroup_limits(root, "memory", read_memory_limit))
+
+
+def read_memory_limit(cgroup: Path) -> float:
+    """Bytes of memory that the processes in the folder `cgroup` may use together."""
+    for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
+        with suppress(OSError, ValueError):
+            return int((cgroup / name).read_text())  # not "max"
     return math.inf

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it before cuBLAS is first called
+
 import torch
 from helpers import ROOT, random_inception, run_python, run_training
 
@@ -107,7 +110,8 @@ def run_evaluate(dataroot, weights, capsys):
     """Runs evaluate.py's main() with random weights and 64 dimensions; returns stdout and stderr."""
 
     def run(*flags):
-        flags = ["--weights", weights, "--dims", "64", "--inception", "tf2015", "--dataroot", dataroot, *flags]
+        given = ["--weights", weights, "--dims", "64", "--inception", "tf2015", "--dataroot", dataroot]
+        flags = [*given, "--device", "cpu", *flags]  # numbers are compared to the last digit
         evaluate.main([str(flag) for flag in flags])
         return capsys.readouterr()
 

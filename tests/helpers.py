@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,32 @@ def torchrun(processes):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
 
 
+def rank_environment(rank, processes, address="127.0.0.1", port=29500):
+    """The environment of a process that torchrun would start as number `rank`. Without its launcher, seconds less."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": address, "MASTER_PORT": port}
+    return os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in variables.items()}
+
+
+def start_ranks(script, *flags_of_ranks, cwd):
+    """A process of `script` for each list of flags. All are joined, as those of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = []
+    for rank, flags in enumerate(flags_of_ranks):
+        environment = rank_environment(rank, len(flags_of_ranks), port=port)
+        command = [sys.executable, *map(str, (ROOT / script, *flags))]
+        processes.append(subprocess.Popen(command, cwd=cwd, env=environment, **pipes))
+    return processes
+
+
+def errors(message):
+    """The lines of standard error that a UserError or the loss of another process has written."""
+    assert "Traceback" not in message, message
+    return [line for line in message.splitlines() if line.startswith("error: ")]
+
+
 def wait_for(happened, process: subprocess.Popen) -> None:
     """Until happened() is true. Raises AssertionError when the process has ended before."""
     while not happened():
@@ -124,6 +151,18 @@ def start(dataroot: Path, outdir: Path, processes: int, *flags) -> subprocess.Po
 def listen_to_ctrl_c():
     """For a child process: a suite in a shell's background ignores SIGINT, and a user's terminal does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kill_one_of_two(dataroot, folder, *flags):
+    """Kills one of two processes of a small training. The other must say so and end, without a wait for it."""
+    flags = [*SMALL, "--dataroot", dataroot, "--outdir", folder / "run", "--epochs", 500, *flags]
+    first, second = start_ranks("train.py", flags, flags, cwd=folder)
+    wait_for(lambda: (folder / "run" / "log.jsonl").exists() and len(log_rows(folder / "run")) > 2, first)
+    second.kill()
+    second.communicate()
+    _, message = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert len(errors(message)) == 1 and "another process has ended" in errors(message)[0], message
 
 
 def load(path):

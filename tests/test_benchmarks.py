@@ -1,9 +1,18 @@
 """The benchmarks run: each stage once, small. Their numbers mean nothing here."""
 
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, run_python
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
+
+import generator
 
 
 @pytest.mark.parametrize("stages", [["input", "preprocess"], ["generation", "start"]])
@@ -14,3 +23,33 @@ def test_speed(tmp_path, stages):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert len(results) >= 3 and "| " in (tmp_path / "speed.md").read_text()
+
+
+def test_gpu_trains_and_keeps_networks_in_parts(dataroot, tmp_path, monkeypatch):
+    small = "--epochs 1 --ngf 4 --ndf 4 --nz 8 --batch-size 8"
+    monkeypatch.setattr(gpu, "TRAININGS", {"small": (120, gpu.REPORT, "small", small)})
+    monkeypatch.setattr(gpu, "PART", 20_000)
+    flags = ["--dataroot", dataroot, "--out", tmp_path / "out", "--work", tmp_path / "work", "--device", "cpu"]
+    gpu.main([*map(str, flags), "--only", "small"])
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["small"]
+    assert result["exit"] == 0 and result["epoch"] == 1 and result["images_per_sec"] > 0
+    parts = sorted((tmp_path / "out").glob("small.pt.*"), key=lambda path: int(path.suffix[1:]))
+    assert len(parts) > 1 and all(path.stat().st_size <= 20_000 for path in parts)
+    (tmp_path / "small.pt").write_bytes(b"".join(path.read_bytes() for path in parts))
+    halves = generator.load_generator(tmp_path / "small.pt").state_dict()
+    whole = generator.load_generator(tmp_path / "work" / "small" / "generator.params").state_dict()
+    assert all(torch.equal(halves[name], tensor.half().to(tensor.dtype)) for name, tensor in whole.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_step_that_is_too_slow_leaves_no_process(tmp_path):
+    """Its child ignores SIGTERM and would keep the GPU."""
+    child = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); "
+    child += "time.sleep(100)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    begin = time.perf_counter()
+    assert gpu.run_python(["-c", program], 5, tmp_path / "log") == "too slow"
+    stat = Path("/proc") / (tmp_path / "log").read_text().strip() / "stat"
+    while stat.exists() and stat.read_text().split()[2] != "Z":  # the system takes a moment to end it
+        assert time.perf_counter() - begin < 60
+        time.sleep(0.1)

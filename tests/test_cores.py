@@ -1,11 +1,23 @@
-"""Number of CPU cores: support/workers.py, and of threads: support/cli.py."""
+"""CPU cores and memory that a container allows: support/workers.py, and threads: support/cli.py."""
 
+import math
 import os
 
 import pytest
 
 from support import cli, workers
-from support.workers import count_cores
+from support.workers import count_cores, memory_limit
+
+
+def write_cgroups(root, own_cgroup, files):
+    """/proc/self/cgroup and files below /sys/fs/cgroup, below `root`."""
+    if own_cgroup:
+        (root / "proc" / "self").mkdir(parents=True)
+        (root / "proc" / "self" / "cgroup").write_text(own_cgroup)
+    for name, text in files.items():
+        path = root / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 @pytest.mark.parametrize("own_cgroup, files, expected", [
@@ -22,14 +34,20 @@ from support.workers import count_cores
 ])
 def test_limits_of_cgroups_count(tmp_path, monkeypatch, own_cgroup, files, expected):
     monkeypatch.setattr(workers, "count_affinity", lambda: 64)
-    if own_cgroup:
-        (tmp_path / "proc" / "self").mkdir(parents=True)
-        (tmp_path / "proc" / "self" / "cgroup").write_text(own_cgroup)
-    for name, text in files.items():
-        path = tmp_path / "sys" / "fs" / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_cgroups(tmp_path, own_cgroup, files)
     assert count_cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize("own_cgroup, files, expected", [
+    ("0::/\n", {"memory.max": "1503238553\n"}, 1503238553),  # in a container
+    ("0::/\n", {"memory.max": "max\n"}, math.inf),
+    ("0::/a/b\n", {"a/memory.max": "1000\n", "a/b/memory.max": "2000\n"}, 1000),
+    ("4:memory:/docker/1\n3:cpu:/\n", {"memory/memory.limit_in_bytes": "4096\n"}, 4096),
+    (None, {}, math.inf),
+])
+def test_limits_of_cgroups_on_memory_count(tmp_path, own_cgroup, files, expected):
+    write_cgroups(tmp_path, own_cgroup, files)
+    assert memory_limit(tmp_path) == expected
 
 
 def test_threads_follow_a_limited_number_of_cores_and_the_user(monkeypatch):

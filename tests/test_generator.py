@@ -38,7 +38,8 @@ def test_a_seed_gives_the_same_face_in_any_batch(params):
 
 def test_grid_and_interpolation_lie_next_to_the_folder_of_faces(params, tmp_path, capsys):
     out = tmp_path / "faces"
-    generator.main(["--params", str(params), "--outdir", str(out), "--seeds", "0-4,9", "--grid", "--interpolate"])
+    flags = ["--device", "cpu", "--params", str(params), "--seeds", "0-4,9", "--grid", "--interpolate"]
+    generator.main([*flags, "--outdir", str(out)])
     assert sorted(path.name for path in out.iterdir()) == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)]
     assert len(find_images(out)) == len(DataGenerater(out, None, in_memory=True)) == 6  # evaluate.py reads the folder
     face = next(generator.sample(generator.load_generator(params), [9]))[0].permute(1, 2, 0)
@@ -64,7 +65,7 @@ def test_the_grid_of_any_outdir_has_its_name(tmp_path, monkeypatch, outdir, grid
 
 def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path):
     """Also without a terminal: tqdm counts nothing then."""
-    flags = ["--params", str(params), "--seeds", "3-9", "--batch-size", "2"]
+    flags = ["--params", str(params), "--seeds", "3-9", "--batch-size", "2", "--device", "cpu"]
     generator.main([*flags, "--outdir", str(tmp_path / "faces")])
     assert len(list((tmp_path / "faces").iterdir())) == 7
     netG = generator.load_generator(params)
@@ -106,7 +107,7 @@ def test_pretrained_generators(size):
 def test_bf16_gives_nearly_the_same_faces(tmp_path):
     for precision in ("fp32", "bf16"):
         flags = ["--params", str(generator.PRETRAINED), "--seeds", "0-7", "--precision", precision]
-        generator.main([*flags, "--outdir", str(tmp_path / precision)])
+        generator.main([*flags, "--device", "cpu", "--outdir", str(tmp_path / precision)])
     fp32, bf16 = (
         np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / precision).iterdir())])
         for precision in ("fp32", "bf16")
@@ -116,7 +117,7 @@ def test_bf16_gives_nearly_the_same_faces(tmp_path):
 
 def test_nothing_is_overwritten_without_the_flag(params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--params", str(params), "--seeds", "3-4", "--grid", "--interpolate"]
+    flags = ["--params", str(params), "--seeds", "3-4", "--grid", "--interpolate", "--device", "cpu"]
     generator.main(flags)
     for name in ("faces/00000004.png", "faces_grid.png", "faces_interpolation.gif"):
         written = Path(name).read_bytes()

@@ -93,7 +93,7 @@ def run(trained, tmp_path, monkeypatch, capsys):
     Image.fromarray(((x > 30) & (x < 50) & (y > 20)).astype(np.uint8) * 255).save("mask.png")
 
     def call(*flags):
-        generator.main(["--params", str(trained / "generator.params"), *flags])
+        generator.main(["--device", "cpu", "--params", str(trained / "generator.params"), *flags])
         return capsys.readouterr().out
 
     return call

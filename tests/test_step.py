@@ -1,6 +1,5 @@
-"""The training step: losses, updates of both networks, EMA weights, bf16, torch.compile and the CUDA graph."""
+"""The training step: losses, updates of both networks, EMA weights, bf16 and torch.compile."""
 
-import contextlib
 import copy
 
 import pytest
@@ -12,7 +11,6 @@ import train
 from dataloader import DataGenerater, make_loader, to_float
 from support.augment import augment, draw_augmentations
 from support.colour import colour_loss
-from support.cuda_graph import CudaGraph
 from support.ema import recalibrate_batchnorm
 from support.seeding import step_latents
 
@@ -23,8 +21,7 @@ def take_steps(state, args, count):
     """Steps 0 to `count` on black images."""
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
     for step in range(count):
-        inputs = train.step_inputs(args, step, torch.arange(8))
-        train.train_step(state, images, EAGER, args.colour_weight, inputs)
+        train.make_step(state, args, images)(train.step_inputs(args, step, torch.arange(8)))
 
 
 @pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--colour-weight", "3"]])
@@ -174,20 +171,3 @@ def test_images_in_memory_and_from_files_give_the_same_training(dataroot, tmp_pa
     monkeypatch.setattr(train, "place_on_device", lambda images, device: None)
     run_training(dataroot, tmp_path / "batches", "--epochs", 1)
     assert_same_training(tmp_path / "indices", tmp_path / "batches")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [[], ["--augment", "--group-norm", "--colour-weight", "3", "--precision", "bf16"]])
-def test_a_cuda_graph_gives_the_same_bits_as_single_launches(dataroot, tmp_path, monkeypatch, flags):
-    """Also for a resumed training, which records a second graph."""
-    record, recorded = CudaGraph.record, []
-    monkeypatch.setattr(CudaGraph, "record", lambda graph: recorded.append(record(graph)))
-    flags = ["--device", "cuda", "--deterministic", *flags]
-    run_training(dataroot, tmp_path / "graph", "--epochs", 3, *flags)
-    run_training(dataroot, tmp_path / "resumed", "--epochs", 1, *flags)
-    run_training(dataroot, tmp_path / "resumed", "--epochs", 3, "--resume", *flags)
-    assert len(recorded) == 3
-    monkeypatch.setattr(train, "as_cuda_graph", lambda step, *_: contextlib.nullcontext(step))
-    run_training(dataroot, tmp_path / "plain", "--epochs", 3, *flags)
-    assert_same_training(tmp_path / "graph", tmp_path / "plain")
-    assert_same_training(tmp_path / "resumed", tmp_path / "plain")

@@ -15,9 +15,10 @@ import train  # noqa: E402
 train_step, seen = train.train_step, []
 
 
-def train_step_and_save(state, images, autocast, colour_weight, inputs):
+def train_step_and_save(state, images, *others):
+    inputs = others[-1]
     seen.append(images[inputs.batch])
-    train_step(state, images, autocast, colour_weight, inputs)
+    train_step(state, images, *others)
     parts = {name: part.state_dict() for name, part in state.parts().items()}
     torch.save({**parts, "seen": torch.cat(seen)}, f"rank{os.environ['RANK']}.pt")
 
