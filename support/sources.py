@@ -44,6 +44,7 @@ class Photo(NamedTuple):
     key: str  # name in the source, with "/" between folders, and at the end of a folder that is left out
     where: str | int  # path, index in the zip, or number of the drawn face
     reason: str = ""  # why it gives no crop, where that is known before it is opened
+    version: tuple[int, int] = (0, 0)  # bytes, and the time of its last change in ns, or its CRC in the zip
     split: str = ""
     name: str = ""  # of the crop, without .png
     todo: tuple[int, ...] = ()  # sizes whose crop is missing
@@ -77,10 +78,10 @@ def list_folder(src: Path) -> list[Photo]:
 def describe_file(key: str, path: str) -> Photo:
     """The photo in a file, with the reason why it cannot be one."""
     try:
-        size = Path(path).stat().st_size
+        info = Path(path).stat()
     except OSError as error:
         return Photo(key, path, f"unreadable: {error.strerror}")
-    return Photo(key, path, too_large(key, size))
+    return Photo(key, path, too_large(key, info.st_size), (info.st_size, info.st_mtime_ns))
 
 
 def too_large(key: str, size: int) -> str:
@@ -163,7 +164,8 @@ def list_zip(src: Path) -> list[Photo]:
         else:
             if not member.is_dir():
                 replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
-                photos.append(Photo(key, index, replaced or refuse_member(key, member)))
+                reason = replaced or refuse_member(key, member)
+                photos.append(Photo(key, index, reason, (member.file_size, member.CRC)))
     return photos + list(left_out.values())
 
 
