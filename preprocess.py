@@ -5,12 +5,13 @@
     python preprocess.py --demo 4000 --sizes 64                                      # drawn faces, without any data
     python preprocess.py --download                                                  # CelebA, fetched by torchvision
 
-Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
-animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
-Crops of another --crop need another --dataroot. data/skipped.txt lists what gave no crop, with the reason: also hidden
-folders and data/<size>. Of photos whose crops would share a name (a.jpg, a.png), the first in
-sorted order gives a.png and the others get a hash in their name. The split is CelebA's list_eval_partition.txt (or
-.csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
+Each photo is decoded once, turned upright (EXIF) and converted to sRGB (ICC profile). Transparent pixels become white,
+and only the first frame of an animation counts. The centred square is resized with antialiasing. A second run makes
+only the crops that are missing and those of changed photos. Crops of another --crop or SRC need another --dataroot.
+data/skipped.txt lists what gave no crop, with the reason, and crops whose photo is gone. Of photos whose crops would
+share a name (a.jpg, a.png), the first in sorted order gives a.png and the others get a hash in their name. The split
+is CelebA's list_eval_partition.txt (or .csv) where it is given or found, then that of folders train, valid and test.
+Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
