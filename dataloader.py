@@ -82,7 +82,8 @@ class DataGenerater(Dataset):
     """
 
     def __init__(self, root: str | Path, image_size: int | None = 64, in_memory: bool = False):
-        self.root, self.paths = Path(root), find_images(root)
+        self.root = Path(root)
+        self.paths = find_images(root)
         self.resize_to = image_size
         self.images = None
         self.image_size = self.read(0).shape[-1]

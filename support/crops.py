@@ -66,8 +66,8 @@ def read_table(folder: Path) -> tuple[str, Rows] | None:
 
 def owned_names(dataroot: Path, photos: Iterable[Photo]) -> dict[str, str]:
     """{key of a photo in SRC: name of its crop} of the crops that were made before, of any size."""
-    keys, names = {photo.key for photo in photos}, {}
-    taken = set()
+    keys = {photo.key for photo in photos}
+    names, taken = {}, set()
     for path in sorted(dataroot.glob(f"*/{TABLE}")):
         _, rows = read_table(path.parent) or ("", {})
         for name, (key, _, _) in rows.items():

@@ -50,9 +50,6 @@ class Photo(NamedTuple):
     todo: tuple[int, ...] = ()  # sizes whose crop is missing
 
 
-# ---------------------------------------------------------------------------------------------- listing
-
-
 def list_photos(src: Path) -> list[Photo]:
     """Every file in `src`, a folder or a zip, sorted by name. Raises UserError when `src` cannot be read.
 
@@ -97,7 +94,8 @@ def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, 
     The reason is that of refuse(folder), or that of the system. Links to folders are followed after all other folders,
     and no folder is entered twice, so that links may loop. Raises OSError when `root` cannot be read.
     """
-    folders, links, seen = deque([("", str(root))]), deque(), set()
+    folders = deque([("", str(root))])
+    links, seen = deque(), set()
     above = {str(parent) for parent in Path(os.path.realpath(root)).parents}
     while folders or links:
         prefix, folder = (folders or links).popleft()
@@ -199,9 +197,6 @@ def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
     return too_large(key, member.file_size)
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 @lru_cache(maxsize=1)
 def open_zip(src: Path, process_id: int) -> zipfile.ZipFile:
     """The zip, opened once in the process `process_id`. A worker must not read through the handle of its parent.
@@ -228,9 +223,6 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
     archive = open_zip(src, os.getpid())
     with archive.open(archive.infolist()[photo.where]) as file:
         return file.read(MAX_BYTES)
-
-
-# ---------------------------------------------------------------------------------------------- images in a folder
 
 
 def is_image_name(name: str) -> bool:
