@@ -47,24 +47,29 @@ def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
 
 
 def explain_unreadable(root: Path, paths: Sequence[Path]) -> str:
-    """One sentence that names the files of `paths` below `root` that cannot be read; "" where all can."""
-    bad, reasons = [], []
+    """One sentence that names the files of `paths` below `root` that are gone or cannot be read; "" where all can."""
+    gone, damaged, reasons = [], [], []
     for path in paths:
         try:
             read_image(path)
         except Unreadable as error:
-            bad.append(path)
-            reasons.append(str(error))
+            is_gone = isinstance(error.__cause__, FileNotFoundError)
+            (gone if is_gone else damaged).append(path)
+            reasons += [] if is_gone else [str(error)]
         except UserError:
             pass
-    if not bad:
+    if gone:
+        names = "; ".join([printable(path.name) for path in gone[:SHOWN]] + ["..."] * (len(gone) > SHOWN))
+        return (f"{len(gone):,} of {len(paths):,} images in {printable(root)} are gone ({names}): they were removed or "
+                "moved while they were read; put them back, or start again with the images that are there")
+    if not damaged:
         return ""
-    are_crops = all(is_crop_folder(path.absolute().parent.parent) for path in bad)
+    are_crops = all(is_crop_folder(path.absolute().parent.parent) for path in damaged)
     again = " and run preprocess.py again" if are_crops else ""
-    if len(bad) == 1:
+    if len(damaged) == 1:
         return f"{reasons[0]}; remove it{again}"
-    shown = "; ".join(reasons[:SHOWN] + ["..."] * (len(bad) > SHOWN))
-    return f"{len(bad):,} of {len(paths):,} images in {printable(root)} are damaged: {shown}; remove them{again}"
+    shown = "; ".join(reasons[:SHOWN] + ["..."] * (len(damaged) > SHOWN))
+    return f"{len(damaged):,} of {len(paths):,} images in {printable(root)} are damaged: {shown}; remove them{again}"
 
 
 class DataGenerater(Dataset):
@@ -77,7 +82,8 @@ class DataGenerater(Dataset):
     """
 
     def __init__(self, root: str | Path, image_size: int | None = 64, in_memory: bool = False):
-        self.root, self.paths = Path(root), find_images(root)
+        self.root = Path(root)
+        self.paths = find_images(root)
         self.resize_to = image_size
         self.images = None
         self.image_size = self.read(0).shape[-1]

@@ -5,12 +5,13 @@
     python preprocess.py --demo 4000 --sizes 64                                      # drawn faces, without any data
     python preprocess.py --download                                                  # CelebA, fetched by torchvision
 
-Each photo is decoded once and turned upright (EXIF). Transparent pixels become white, and only the first frame of an
-animation counts. The centred square is resized with antialiasing. A second run makes only the crops that are missing.
-Crops of another --crop need another --dataroot. data/skipped.txt lists what gave no crop, with the reason: also hidden
-folders and data/<size>. Of photos whose crops would share a name (a.jpg, a.png), the first in
-sorted order gives a.png and the others get a hash in their name. The split is CelebA's list_eval_partition.txt (or
-.csv) where it is given or found. Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
+Each photo is decoded once, turned upright (EXIF) and converted to sRGB (ICC profile). Transparent pixels become white,
+and only the first frame of an animation counts. The centred square is resized with antialiasing. A second run makes
+only the crops that are missing and those of changed photos. Crops of another --crop or SRC need another --dataroot.
+data/skipped.txt lists what gave no crop, with the reason, and crops whose photo is gone. Of photos whose crops would
+share a name (a.jpg, a.png), the first in sorted order gives a.png and the others get a hash in their name. The split
+is CelebA's list_eval_partition.txt (or .csv) where it is given or found, then that of folders train, valid and test.
+Otherwise a hash of each name decides, 90 to 10; new photos never move an old one.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds and need packages
@@ -25,7 +26,6 @@ import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +34,12 @@ import numpy as np
 from PIL import Image
 
 from support.cli import HelpFormatter, int_at_least, run
+from support.crops import list_crops, note_crop, owned_names, remove_stale
 from support.demo_faces import draw_face
-from support.files import UserError, atomic_write, cannot_write, printable
+from support.files import UserError, atomic_write, printable
 from support.images import encode_png
 from support.photos import UnknownFormat, crop_square, explain, open_photo
-from support.sources import CROP_NOTE, SKIPPED, SPLITS, Photo, is_image_name, list_photos, open_zip
+from support.sources import SKIPPED, SPLITS, Photo, is_image_name, list_photos, open_zip
 from support.splits import assign_splits
 from support.workers import count_cores, map_in_processes
 
@@ -57,60 +58,34 @@ def find_photos(args: argparse.Namespace) -> tuple[list[Photo], str]:
     """(photos of SRC or faces to draw, with split and name or a reason to leave them out; how they were split)."""
     faces = [Photo(f"demo_{args.seed}_{number:06d}", number) for number in range(args.demo or 0)]
     photos = faces or list_photos(args.src)
-    photos, how = assign_splits(args.src, photos, args.partition)
+    photos, how = assign_splits(args.src, photos, args.partition, owned_names(args.dataroot, photos))
     if not photos:
         raise UserError(f"SRC {printable(args.src)} holds no files; give a folder of photos or a .zip")
     return photos, how
 
 
-def list_crops(args: argparse.Namespace) -> dict[tuple[int, str], str]:
-    """{(size, name): split} of the crops on disk. Makes the folders and removes what a killed run left in them."""
-    crops = {}
-    for size in args.sizes:
-        for split in SPLITS:
-            folder = args.dataroot / str(size) / split
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                names = os.listdir(folder)
-            except OSError as error:
-                raise cannot_write(folder, error) from error
-            for name in names:
-                if name.endswith(".png"):
-                    crops[size, name.removesuffix(".png")] = split
-                with suppress(OSError):  # after a minute, no other run is still writing the file
-                    if name.endswith(".tmp") and time.time() - (folder / name).stat().st_mtime > 60:
-                        (folder / name).unlink()
-    return crops
+def find_missing(args: argparse.Namespace, photos: list[Photo], how: str) -> tuple[list[Photo], list[Photo]]:
+    """(the same photos, each with the sizes whose crop is missing; the crops that belong to none of them).
 
-
-def find_missing(args: argparse.Namespace, photos: list[Photo], how: str) -> list[Photo]:
-    """The same photos, each with the sizes whose crop is missing. Raises UserError where a photo changes its split."""
-    crops = list_crops(args)
+    Removes crops whose photo has changed. Raises UserError where a photo changes its split.
+    """
+    src = "--demo" if args.demo else os.path.abspath(args.src)  # noqa: PTH100  (a link stays a link)
+    names = {photo.name for photo in photos if not photo.reason}
+    crops, orphans = {}, []
     for size in args.sizes:
-        refuse_other_crop(args, size, has_crops=any(crop_size == size for crop_size, _ in crops))
-    for photo in photos:
-        for size in args.sizes:
-            old = crops.get((size, photo.name), photo.split)
+        folder = args.dataroot / str(size)
+        crops[size] = list_crops(folder)
+        note_crop(folder, args.crop, has_crops=bool(crops[size]))
+        for photo in photos:
+            old = crops[size].get(photo.name, photo.split)
             if old != photo.split and not photo.reason:
-                folder = args.dataroot / str(size)
                 raise UserError(f"{printable(photo.name)}.png is in {folder / old} already and would now be in "
                                 f"{photo.split}, {how}; give the same --partition as before, or remove {folder}")
-    return [p._replace(todo=tuple(size for size in args.sizes if (size, p.name) not in crops)) for p in photos]
-
-
-def refuse_other_crop(args: argparse.Namespace, size: int, has_crops: bool) -> None:
-    """Note --crop in crop.txt with the first crops of a size. Raises UserError when they had another --crop."""
-    note, now = args.dataroot / str(size) / CROP_NOTE, f"--crop {args.crop}" if args.crop else "no --crop"
-    try:
-        before = note.read_text(errors="replace") if has_crops and note.exists() else now
-    except OSError as error:
-        raise cannot_write(note, error) from error
-    if before != now:
-        raise UserError(f"the crops in {note.parent} were made with {printable(before)}, now it is {now}; give the "
-                        f"same as before or another --dataroot, or remove {note.parent}")
-    if not has_crops:
-        with atomic_write(note) as file:
-            file.write(now.encode())
+        crops[size] = remove_stale(folder, src, photos, crops[size])
+        orphans += [Photo(f"{folder / split / name}.png", "", "its photo is not in SRC or its list any more")
+                    for name, split in crops[size].items() if name not in names and not args.demo]
+    photos = [p._replace(todo=tuple(size for size in args.sizes if p.name not in crops[size])) for p in photos]
+    return photos, orphans
 
 
 def read_square(args: argparse.Namespace, photo: Photo) -> tuple[Image.Image | None, dict[int, str], str]:
@@ -149,12 +124,12 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
     return Result(photo, sizes, reason)
 
 
-def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[Result]) -> None:
+def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[Result], orphans: list[Photo]) -> None:
     """List the photos that gave no crop in skipped.txt. Raises UserError when that is all of them."""
     skipped = [photo for photo in photos if photo.reason]
     skipped += [result.photo._replace(reason=result.reason) for result in results if result.reason]
     path = args.dataroot / SKIPPED
-    lines = sorted(f"{printable(photo.key)}: {printable(photo.reason)}\n" for photo in skipped)
+    lines = sorted(f"{printable(photo.key)}: {printable(photo.reason)}\n" for photo in skipped + orphans)
     with atomic_write(path) as file:
         file.write("".join(lines).encode())
     if len(skipped) == len(photos):
@@ -162,8 +137,10 @@ def write_skipped(args: argparse.Namespace, photos: list[Photo], results: list[R
                         "of photos, or a zip of them")
 
 
-def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result], seconds: float) -> str:
-    """The last line: written, there already and skipped for each size, then the photos without a crop by reason."""
+def summary(
+    args: argparse.Namespace, photos: list[Photo], results: list[Result], orphans: list[Photo], seconds: float
+) -> str:
+    """The last line: written, there already and skipped for each size, then photos without a crop, then warnings."""
     parts = []
     for size in args.sizes:
         written = Counter(result.photo.split for result in results if result.sizes.get(size) == "")
@@ -173,17 +150,19 @@ def summary(args: argparse.Namespace, photos: list[Photo], results: list[Result]
         skipped = "".join(f", {count:,} skipped: {reason}" for reason, count in small.items())
         splits = f" ({splits})" if splits else ""
         parts.append(f"{size}: {written.total():,} written{splits}, {there:,} there already{skipped}")
-    kinds = Counter(result.reason.partition(":")[0] for result in results if not result.sizes)
-    for photo in photos:
-        kinds[photo.reason.partition(":")[0]] += 1
-    del kinds[""]
-    unreadable = kinds["unreadable"]
+    reasons = [result.reason for result in results if not result.sizes] + [photo.reason for photo in photos]
+    kinds = Counter(reason.partition(":")[0] for reason in reasons if reason)
+    path = args.dataroot / SKIPPED
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        parts.append(f"{counts} (listed in {args.dataroot / SKIPPED})")
+        parts.append(f"{counts} (listed in {path})")
     parts.append(f"{len(results) / max(seconds, 1e-9):,.0f} img/s")
-    if unreadable > MAX_UNREADABLE * len(photos):
-        parts.append(f"warning: {unreadable / len(photos):.0%} of the photos cannot be read")
+    share = kinds["unreadable"] / max(len(photos) - kinds["not an image"], 1)
+    if share > MAX_UNREADABLE:
+        parts.append(f"warning: {share:.0%} of the photos cannot be read")
+    if orphans:
+        parts.append(f"warning: {len(orphans):,} crops are of photos that are not in SRC or its list any more; remove "
+                     f"them, or trainings use them (listed in {path})")
     return "; ".join(parts)
 
 
@@ -202,6 +181,15 @@ def download(dataroot: Path) -> Path:
                 "list_eval_partition.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into "
                 f"{src.parent} by hand and run: {command}") from None
     return src
+
+
+def draw_demo(dataroot: Path, size: int, number: int = 2000) -> None:
+    """Draw the faces 0 to `number` - 1 whose crops of this size are missing. Crops of photos stay without faces."""
+    crops = {path.stem for path in (dataroot / str(size)).glob("*/*.png")}
+    missing = {f"demo_0_{index:06d}" for index in range(number)} - crops
+    if len(missing) == number and crops or not missing:
+        return
+    main(["--demo", str(number), "--dataroot", str(dataroot), "--sizes", str(size), "--allow-upscale"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -232,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.download:
         args.src = download(args.dataroot)
     photos, how = find_photos(args)
-    photos = find_missing(args, photos, how)
+    photos, orphans = find_missing(args, photos, how)
     start = time.perf_counter()
     try:
         todo = [photo for photo in photos if photo.todo and not photo.reason]
@@ -242,10 +230,10 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         open_zip.cache_clear()
-    write_skipped(args, photos, results)
+    write_skipped(args, photos, results, orphans)
     counts = Counter(p.split for p in photos if not p.reason) - Counter(r.photo.split for r in results if r.reason)
     print(f"split {how}:", ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split]))
-    print(summary(args, photos, results, time.perf_counter() - start))
+    print(summary(args, photos, results, orphans, time.perf_counter() - start))
 
 
 if __name__ == "__main__":

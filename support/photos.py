@@ -119,6 +119,7 @@ def profile_transform(profile: bytes, mode: str) -> Callable[[Image.Image], Imag
 def crop_square(image: Image.Image, side: int) -> Image.Image:
     """The centred square of the upright photo, RGB, `side` source pixels wide."""
     image = upright(image)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return to_rgb(image if box == (0, 0, *image.size) else image.crop(box))  # a copy of 50 MP takes 200 MB

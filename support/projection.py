@@ -16,9 +16,8 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from support.files import UserError, printable
-from support.photos import crop_square, open_image, upright
+from support.photos import Unreadable, crop_square, read_rgb
 from support.seeding import latents
-from support.sources import read_file
 
 SCALES = (1, 2, 4, 8)  # sides in pixels of the squares that project() compares
 CANDIDATES = 512  # random faces among which project() looks for its start
@@ -32,11 +31,10 @@ def read_photo(path: Path, size: int, mask: Path | None = None) -> tuple[torch.T
     images = []
     for file in filter(None, (path, mask)):
         try:
-            image = upright(open_image(read_file(file)))
-            images.append(crop_square(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC))
-        except Exception as error:  # decoders raise any kind
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UserError(f"{printable(file)} cannot be read ({printable(why)}); give an image") from None
+            image = read_rgb(file)
+        except Unreadable as error:
+            raise UserError(f"{error}; give an image") from None
+        images.append(crop_square(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC))
         if file == path:
             shape = image.size
         elif image.size != shape:

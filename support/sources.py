@@ -44,12 +44,10 @@ class Photo(NamedTuple):
     key: str  # name in the source, with "/" between folders, and at the end of a folder that is left out
     where: str | int  # path, index in the zip, or number of the drawn face
     reason: str = ""  # why it gives no crop, where that is known before it is opened
+    version: tuple[int, int] = (0, 0)  # bytes, and the time of its last change in ns, or its CRC in the zip
     split: str = ""
     name: str = ""  # of the crop, without .png
     todo: tuple[int, ...] = ()  # sizes whose crop is missing
-
-
-# ---------------------------------------------------------------------------------------------- listing
 
 
 def list_photos(src: Path) -> list[Photo]:
@@ -77,10 +75,10 @@ def list_folder(src: Path) -> list[Photo]:
 def describe_file(key: str, path: str) -> Photo:
     """The photo in a file, with the reason why it cannot be one."""
     try:
-        size = Path(path).stat().st_size
+        info = Path(path).stat()
     except OSError as error:
         return Photo(key, path, f"unreadable: {error.strerror}")
-    return Photo(key, path, too_large(key, size))
+    return Photo(key, path, too_large(key, info.st_size), (info.st_size, info.st_mtime_ns))
 
 
 def too_large(key: str, size: int) -> str:
@@ -96,7 +94,8 @@ def walk(root: Path, refuse: Callable[[Path], str]) -> Iterator[tuple[str, str, 
     The reason is that of refuse(folder), or that of the system. Links to folders are followed after all other folders,
     and no folder is entered twice, so that links may loop. Raises OSError when `root` cannot be read.
     """
-    folders, links, seen = deque([("", str(root))]), deque(), set()
+    folders = deque([("", str(root))])
+    links, seen = deque(), set()
     above = {str(parent) for parent in Path(os.path.realpath(root)).parents}
     while folders or links:
         prefix, folder = (folders or links).popleft()
@@ -163,7 +162,8 @@ def list_zip(src: Path) -> list[Photo]:
         else:
             if not member.is_dir():
                 replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
-                photos.append(Photo(key, index, replaced or refuse_member(key, member)))
+                reason = replaced or refuse_member(key, member)
+                photos.append(Photo(key, index, reason, (member.file_size, member.CRC)))
     return photos + list(left_out.values())
 
 
@@ -197,9 +197,6 @@ def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
     return too_large(key, member.file_size)
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 @lru_cache(maxsize=1)
 def open_zip(src: Path, process_id: int) -> zipfile.ZipFile:
     """The zip, opened once in the process `process_id`. A worker must not read through the handle of its parent.
@@ -226,9 +223,6 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
     archive = open_zip(src, os.getpid())
     with archive.open(archive.infolist()[photo.where]) as file:
         return file.read(MAX_BYTES)
-
-
-# ---------------------------------------------------------------------------------------------- images in a folder
 
 
 def is_image_name(name: str) -> bool:

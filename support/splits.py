@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.sources import SPLITS, SUFFIXES, Photo, read_bytes
 
 LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")  # CelebA's, and Kaggle's
 HASH = "by a hash of the names"
+SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 SUFFIX = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 
 
@@ -92,47 +94,94 @@ def read_list(src: Path, file: Photo) -> dict[str, str]:
         if not row:
             raise UserError(f"the line {printable(line[:60])!r} of {shown} is not a name and 0, 1 or 2; give CelebA's "
                             "list_eval_partition.txt to --partition")
-    return {unicodedata.normalize("NFC", row[1]): SPLITS[int(row[2])] for _, row in rows if row}
+    return {row[1]: SPLITS[int(row[2])] for _, row in rows if row}
 
 
 def listed_splits(photos: list[Photo], splits: dict[str, str]) -> list[str]:
-    """The split of each photo in a list, "" where the list does not name it, with its folders or without."""
-    keys = [unicodedata.normalize("NFC", photo.key) for photo in photos]
-    return [splits.get(key, splits.get(key.rpartition("/")[2], "")) for key in keys]
+    """The split of each photo in a list, "" where the list does not name it or lines for its name contradict.
+
+    Suffixes may differ, since photos are converted, and the photo or the list may have more folders in front.
+    """
+    named, ending = defaultdict(set), defaultdict(set)  # full names, and their last parts: their splits
+    for name, split in splits.items():
+        parts = endings(name)
+        for part in parts:
+            (named if part in parts[:2] else ending)[part].add(split)
+    found = []
+    for photo in photos:
+        parts = endings(photo.key)
+        candidates = [named[part] for part in parts if part in named]
+        candidates += [ending[part] for part in parts[:2] if part in ending]
+        found.append(next(("".join(some) for some in candidates if len(some) == 1), ""))
+    return found
 
 
-def assign_splits(src: Path | None, photos: list[Photo], given: Path | None = None) -> tuple[list[Photo], str]:
+def endings(name: str) -> list[str]:
+    """a/b.jpg -> [a/b.jpg, a/b, b.jpg, b], in one Unicode normal form."""
+    folders = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    names = ["/".join(folders[start:]) for start in range(len(folders))]
+    return [part for name in names for part in (name, SUFFIX.sub("", name))]
+
+
+def folder_splits(photos: list[Photo]) -> list[str]:
+    """The split of each photo by its folder train, valid (or val) or test, "" outside of these.
+
+    The folders count where train has one of the others next to it, at any depth.
+    """
+    places, found = [], defaultdict(set)  # (folder above, split) of each photo; splits in each folder
+    for photo in photos:
+        folders = photo.key.lower().split("/")[:-1]
+        depth = next((depth for depth, name in enumerate(folders) if name in SPLIT_FOLDERS), len(folders))
+        places.append(("/".join(folders[:depth]), "".join(SPLIT_FOLDERS.get(name, "") for name in folders[depth:][:1])))
+        found[places[-1][0]].add(places[-1][1])
+    return [split if "train" in found[folder] and len(found[folder] - {""}) > 1 else "" for folder, split in places]
+
+
+def assign_splits(
+    src: Path | None, photos: list[Photo], given: Path | None = None, owned: dict[str, str] | None = None
+) -> tuple[list[Photo], str]:
     """(each photo with the name of its crop, and its split or a reason to leave it out; how the splits were chosen).
 
-    The split is that of the list `given`, or of the first list of find_lists() that names any of the photos, and
-    hash_split() otherwise. Raises UserError where the list `given` names none.
+    The split is that of the list `given`, or of the first list of find_lists() that names any of the photos, or of
+    folder_splits(), and hash_split() otherwise. `owned` has the names of crops that were made before, by photo.
+    Raises UserError where the list `given` names none.
     """
+    owned = owned or {}
     lists = [Photo(f"--partition {given}", str(given))] if given else find_lists(src, photos) if src else []
     paths = {file.where for file in lists}
     photos = [photo for photo in photos if photo.where not in paths]
     for file in lists:
         splits = listed_splits(photos, read_list(src, file))
         if any(splits):
-            return name_crops(photos, splits, f"not in {Path(file.key).name}"), f"by {printable(file.key)}"
+            unlisted = f"not in {Path(file.key).name}"
+            return name_crops(photos, splits, unlisted, owned), f"by {printable(file.key)}"
     if given and photos:
         raise UserError(f"--partition {printable(given)} names none of the photos in SRC; give the list that belongs "
                         "to them or leave the flag out")
-    how = f"{HASH}, since {printable(lists[0].key)} names none of the photos" if lists else HASH
-    return name_crops(photos, None, ""), how
+    note = f", since {printable(lists[0].key)} names none of the photos" if lists else ""
+    splits = folder_splits(photos)
+    if any(splits):
+        unlisted = "not in a folder train, valid or test"
+        return name_crops(photos, splits, unlisted, owned), f"by the folders train, valid and test{note}"
+    return name_crops(photos, None, "", owned), f"{HASH}{note}"
 
 
-def name_crops(photos: list[Photo], splits: list[str] | None, unlisted: str) -> list[Photo]:
+def name_crops(photos: list[Photo], splits: list[str] | None, unlisted: str, owned: dict[str, str]) -> list[Photo]:
     """The photos with name and split, or with the reason `unlisted` where `splits` has none. None: hash_split().
 
     Of photos whose crops would have one name (a.jpg and a.png, or a.jpg and A.jpg), the first in sorted order gets it
     and the others get hashed_name(). Such photos may show the same picture, so a hash puts them into one split.
+    A photo in `owned` keeps the name of its crop there.
     """
-    owners, result = {}, []  # comparable name: name of the first photo's crop
+    owners = {comparable(name): name for name in owned.values()}  # comparable name: name of the first photo's crop
+    result = []
     for index, photo in enumerate(photos):
         name = crop_name(photo.key)
         split = splits[index] if splits else hash_split(owners.get(comparable(name), name))
         reason = photo.reason or ("" if split else unlisted)
-        if not reason and comparable(name) in owners:
+        if photo.key in owned:
+            name = owned[photo.key]
+        elif not reason and comparable(name) in owners:
             name = hashed_name(photo.key)
             reason = f"same name as the crop of another photo: {name}" if comparable(name) in owners else ""
         if not reason:

@@ -49,7 +49,8 @@ def map_in_processes(work: Callable, items: Sequence, workers: int, label: str) 
     size = CHUNK if workers else 1
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
     remedy = "run the same command again, perhaps with fewer --workers: what was written stays"
-    parts, results = iterate_in_processes(partial(work_on_chunk, work), chunks, workers, remedy), []
+    parts = iterate_in_processes(partial(work_on_chunk, work), chunks, workers, remedy)
+    results = []
     with closing(parts), tqdm(total=len(items), unit="img", desc=label, disable=None) as bar:
         for part in parts:
             results += part
@@ -114,7 +115,8 @@ def cgroup_limits(root: Path, controller: str, read: Callable[[Path], float]) ->
             _, controllers, path = line.split(":", 2)  # "0::/a/b" (version 2) or "3:cpu,cpuacct:/a/b" (version 1)
             if controllers and controller not in controllers.split(","):
                 continue
-            top, group = root / "sys/fs/cgroup" / (controller if controllers else ""), Path(path.lstrip("/"))
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            group = Path(path.lstrip("/"))
             # In a container, the path may be the one outside of it. The container's own cgroup is then at the top.
             limits += [read(top / folder) for folder in (group, *group.parents)]
     return limits

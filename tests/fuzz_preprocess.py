@@ -142,6 +142,16 @@ def damaged_file(seed: int, number: int) -> tuple[str, str, str, bytes]:
     return kind, damage(rng, data), suffix, bytes(data)
 
 
+def damage_table(rng: np.random.Generator, path: Path, names: list[str]) -> None:
+    """A table of crops as an older run left it, with rows of other photos, damaged in one of two times."""
+    rows = [f'["{Path(rng.choice(names)).stem}", "{rng.choice(names)}", {rng.integers(5000)}, 1]' for _ in range(20)]
+    data = bytearray("\n".join(['"elsewhere"', *rows]).encode())
+    if rng.random() < 0.5:
+        damage(rng, data)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+
+
 def memory() -> float:
     """The resident memory of this process in MiB; 0 on a system without /proc."""
     with contextlib.suppress(OSError):
@@ -168,9 +178,10 @@ def check_batch(folder: Path, files: dict[str, tuple[str, str]], workers: int, s
     finally:
         preprocess.make_crops = make_crops
     assert sorted(path.name for path in folder.iterdir()) == ["data", "src"], "a write outside --dataroot"
-    assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png"}, "a write into SRC"
+    assert {path.name for path in (folder / "src").iterdir()} == {*files, "good.png", "loop"}, "a write into SRC"
     assert {path.name for path in data.iterdir()} == {str(SIZE), "skipped.txt"}, "a write outside the folder of crops"
     listed = skips(data)
+    assert listed.pop("loop/").startswith("link to a folder"), "a link was followed twice"
     crops = {path.stem: path for path in (data / str(SIZE)).glob("*/*")}
     counts = Counter()
     for name, what in files.items():
@@ -202,6 +213,9 @@ def fuzz(count: int, seed: int, folder: Path, workers: int = 0, batch: int = 100
             name = f"{number:07d}{suffix}"
             (folder / "src" / name).write_bytes(content)
             files[name] = (kind, mutation)
+        rng = np.random.default_rng((seed, first))
+        (folder / "src" / "loop").symlink_to("." if rng.random() < 0.5 else "..")
+        damage_table(rng, folder / "data" / str(SIZE) / "photos.jsonl", [*files])
         seconds = {}
         found = check_batch(folder, files, workers, seconds)
         slowest = max([slowest, *((taken, name) for name, taken in seconds.items())])

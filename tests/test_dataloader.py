@@ -165,6 +165,19 @@ def test_unreadable_images_are_all_named_wherever_one_is_met(tmp_path, workers):
         assert message.endswith("; remove them")  # preprocess.py did not make this folder
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [1, 5])
+def test_images_that_were_removed_during_a_training_are_gone_and_not_damaged(tmp_path, workers, number):
+    for index in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index:02d}.png")
+    dataset = DataGenerater(tmp_path, 8)
+    for index in range(number):
+        (tmp_path / f"{index:02d}.png").unlink()
+    with pytest.raises(UserError, match=rf"{number} of 20 images in .* are gone \(00.png.*start again") as error:
+        list(make_loader(dataset, 4, 0, 0, workers=workers))
+    assert "damaged" not in str(error.value) and ("; ..." in str(error.value)) == (number > 3)
+
+
 @pytest.mark.parametrize("image_size", [64, None])
 def test_images_that_are_not_square_are_refused(tmp_path, image_size):
     """train.py would squeeze the photos of CelebA, 178x218."""

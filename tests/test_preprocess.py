@@ -15,12 +15,14 @@ from helpers import (
     ROOT,
     assert_whole_pngs,
     child_processes,
+    crop_of,
     gradient,
     jpeg,
     named,
     run_python,
     skips,
 )
+from PIL import Image
 
 import preprocess
 from support.files import UserError
@@ -51,6 +53,135 @@ def test_second_run_does_only_what_is_missing(tmp_path, convert, capsys):
     convert()
     assert "1 written" in (last := capsys.readouterr().out) and "2 there already" in last
     assert kept.stat().st_mtime_ns == before and gone.exists()
+
+
+def level(folder, name):
+    return crop_of(folder, name)[0, 0, 0]
+
+
+def grey(path, number):
+    Image.new("RGB", (80, 80), (number,) * 3).save(path)
+
+
+def zip_folder(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for photo in sorted(folder.iterdir()):
+            archive.write(photo, photo.name)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_changed_photo_gives_a_new_crop(tmp_path, capsys, zipped):
+    src, out = tmp_path / "src", tmp_path / "out"
+    src.mkdir()
+
+    def preprocess_src():
+        photos = zip_folder(src, tmp_path / "src.zip") if zipped else src
+        preprocess.main([str(photos), "--dataroot", str(out), "--sizes", "64", "32", "--workers", "0"])
+        return capsys.readouterr().out
+
+    grey(src / "a.png", 10)
+    grey(src / "b.png", 20)
+    preprocess_src()
+    grey(src / "b.png", 99)
+    last = preprocess_src()
+    assert "64: 1 written (1 train), 1 there already" in last and "32: 1 written" in last
+    assert (level(out, "a"), level(out, "b")) == (10, 99)
+    (src / "b.png").write_bytes(b"damaged")
+    preprocess_src()
+    assert named(out) == named(out, 32) == ["a"]  # no crop of a photo that is not there any more
+
+
+@pytest.mark.parametrize("new", ["a.jpg", "A.png", "a.bmp"])  # before and after a.png in sorted order
+def test_names_of_crops_stay_with_their_photos(tmp_path, convert, new):
+    src = tmp_path / "src"
+    grey(src / "a.png", 10)
+    convert("--sizes", "32")
+    grey(src / new, 99)
+    for size in (64, 32):  # the tables of all sizes count
+        out = convert("--sizes", str(size))
+        assert sorted(crop_of(out, name, size)[0, 0, 0] for name in named(out, size)) == [10, 99]
+        assert crop_of(out, "a", size)[0, 0, 0] == 10
+    (src / "a.png").unlink()
+    grey(src / "a.tif", 50)  # converted: the name is free
+    assert level(convert(), "a") == 50
+
+
+def test_crops_without_a_photo_are_named(tmp_path, convert, capsys):
+    """Their photo is gone, or the list does not name it any more. They stay, since a user may want them."""
+    src, partition = tmp_path / "src", tmp_path / "list.txt"
+    for name in "abc":
+        grey(src / f"{name}.png", 10)
+    partition.write_text("a.png 0\nb.png 0\nc.png 0\n")
+    convert("--partition", str(partition))
+    assert "warning" not in capsys.readouterr().out
+    (src / "b.png").unlink()
+    partition.write_text("a.png 0\nb.png 0\n")
+    for _ in range(2):
+        out = convert("--partition", str(partition))
+        assert "warning: 2 crops are of photos that are not in SRC or its list any more" in capsys.readouterr().out
+        gone = {str(out / "64" / "train" / f"{name}.png") for name in "bc"}
+        assert {name for name, reason in skips(out).items() if "not in SRC" in reason} == gone and len(named(out)) == 3
+    partition.write_text("a.png 0\nc.png 0\n")
+    convert("--partition", str(partition))
+    assert "64: 0 written, 2 there already" in capsys.readouterr().out
+
+
+def test_crops_of_another_source_are_refused(tmp_path, convert):
+    """Of the same names, or drawn faces. The same photos in another place go on."""
+    grey(tmp_path / "src" / "0.png", 10)
+    out = convert()
+    (tmp_path / "two").mkdir()
+    grey(tmp_path / "two" / "0.png", 99)
+    flags = ["--dataroot", str(out), "--sizes", "64"]
+    for source in ([str(tmp_path / "two")], ["--demo", "3"]):
+        with pytest.raises(UserError, match=f"64 holds crops of {tmp_path / 'src'}; choose another --dataroot for"):
+            preprocess.main([*source, *flags])
+    assert level(out, "0") == 10 and named(out) == ["0"]
+    (tmp_path / "src").rename(tmp_path / "moved")
+    preprocess.main([str(tmp_path / "moved"), *flags])
+    grey(tmp_path / "moved" / "0.png", 50)
+    preprocess.main([str(tmp_path / "moved"), *flags])
+    assert level(out, "0") == 50
+
+
+@pytest.mark.parametrize("table", [None, b"", b"[]\n", b'"x"\n[1]\n', b'"x"\n["../../a", "0.png", 1, 2]\n', b"\xff"])
+def test_crops_of_older_versions_and_damaged_tables(tmp_path, convert, capsys, table):
+    """The crops are taken as they are, with one line, and have a table from then on. No table leads out of data."""
+    grey(tmp_path / "src" / "0.png", 10)
+    out = convert()
+    (out / "64" / "photos.jsonl").unlink()
+    if table is not None:
+        (out / "64" / "photos.jsonl").write_bytes(table)
+    capsys.readouterr()
+    if table and b".." in table:
+        with pytest.raises(UserError, match="holds crops of x"):
+            convert()
+        (out / "64" / "train" / "0.png").unlink()
+    convert()
+    assert ("no sound photos.jsonl" in capsys.readouterr().out) == (not table or b".." not in table)
+    grey(tmp_path / "src" / "0.png", 99)
+    out = convert()
+    assert "no sound" not in capsys.readouterr().out and level(out, "0") == 99 and named(out) == ["0"]
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_demo_that_was_cut_short_is_completed(tmp_path, capsys):
+    folder = tmp_path / "64" / "train"
+    preprocess.draw_demo(tmp_path, 64, number=40)
+    whole = sorted(folder.parent.rglob("*.png"))
+    assert len(whole) == 40
+    folder.joinpath(whole[-1].name).unlink()
+    capsys.readouterr()
+    preprocess.draw_demo(tmp_path, 64, number=40)
+    assert "1 written" in capsys.readouterr().out and sorted(folder.parent.rglob("*.png")) == whole
+    preprocess.draw_demo(tmp_path, 64, number=40)
+    (tmp_path / "src").mkdir()
+    grey(tmp_path / "src" / "photo.png", 10)
+    preprocess.main([str(tmp_path / "src"), "--dataroot", str(tmp_path / "own"), "--sizes", "64"])
+    capsys.readouterr()
+    preprocess.draw_demo(tmp_path / "own", 64, number=40)
+    assert capsys.readouterr().out == "" and named(tmp_path / "own") == ["photo"]
 
 
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path, convert):

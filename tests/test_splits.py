@@ -7,7 +7,8 @@ from helpers import gradient, jpeg, skips
 
 import preprocess
 from support.files import UserError
-from support.splits import hash_split
+from support.sources import Photo, list_photos
+from support.splits import assign_splits, hash_split
 
 
 def splits_of(folder):
@@ -147,3 +148,55 @@ def test_a_list_in_another_unicode_normal_form_names_the_photo(tmp_path, convert
     (tmp_path / "src" / "e\u0301.jpg").write_bytes(jpeg())  # as macOS spells it
     (tmp_path / "list.txt").write_text("\xe9.jpg 2\n", encoding="utf-8")
     assert set(splits_of(convert("--partition", str(tmp_path / "list.txt"))).values()) == {"test"}
+
+
+@pytest.mark.parametrize("keys, lines", [
+    (("000001.png", "000002.png"), "000001.jpg 1\n000002.jpg 2\n"),
+    (("000001.png", "000002.png"), "000001 1\n000002 2\n"),
+    (("1.jpg", "2.jpg"), "img\\1.jpg 1\nimg\\2.jpg 2\n"),
+    (("1.jpg", "2.jpg"), "celeba/img/1.jpg,1\nceleba/img/2.jpg,2\n"),
+    (("img/1.webp", "img/2.webp"), "./img/1.jpg 1\n./img/2.jpg 2\n"),
+    (("deep/img/1.jpg", "deep/img/2.jpg"), "img/1.jpg 1\nimg/2.jpg 2\n"),
+    (("a/1.jpg", "b/1.jpg"), "x/a/1.jpg 1\nx/b/1.jpg 2\n"),
+    (("1.jpg", "1.png"), "1.jpg 1\n1.png 2\n"),
+])
+def test_a_list_names_photos_that_were_converted_or_moved(keys, lines, tmp_path):
+    (tmp_path / "list.txt").write_text(lines)
+    photos, how = assign_splits(tmp_path, [Photo(key, key) for key in keys], tmp_path / "list.txt")
+    assert [photo.split for photo in photos] == ["valid", "test"] and "list.txt" in how
+
+
+def test_a_list_that_contradicts_itself_names_no_photo(tmp_path):
+    """c.jpg is in no folder, and two folders of the list hold a c.jpg. What is not listed is not unreadable."""
+    (tmp_path / "list.txt").write_text("a/c.jpg 0\nb/c.jpg 2\nd.jpg 0\n")
+    photos = [Photo("c.jpg", "c"), Photo("d.jpg", "d"), Photo("e.jpg", "e")]
+    found, _ = assign_splits(tmp_path, photos, tmp_path / "list.txt")
+    assert [photo.reason for photo in found] == ["not in list.txt", "", "not in list.txt"]
+
+
+@pytest.mark.parametrize("prefix", ["", "faces/"])
+def test_folders_train_and_test_are_the_split(tmp_path, convert, capsys, prefix):
+    """A list that is found comes first. Without a folder next to it, test is a name like others."""
+    for name in ("train/1.jpg", "VAL/2.jpg", "test/deep/3.jpg", "4.jpg", "other/test/5.jpg"):
+        (tmp_path / "src" / prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / prefix / name).write_bytes(jpeg())
+    out = convert()
+    splits = {name.rpartition("__")[2]: split for name, split in splits_of(out).items()}
+    assert splits == {"1": "train", "2": "valid", "3": "test"}
+    assert set(skips(out).values()) == {"not in a folder train, valid or test"} and len(skips(out)) == 2
+    assert capsys.readouterr().out.startswith("split by the folders train, valid and test: 1 train, 1 valid, 1 test")
+    listed, how = assign_splits(tmp_path / "src", list_photos(tmp_path / "src"), None)
+    assert how.startswith("by the folders") and [photo.split for photo in listed].count("test") == 1
+    (tmp_path / "list_eval_partition.txt").write_text("1.jpg 2\n3.jpg 0\n")
+    listed, how = assign_splits(tmp_path / "src", list_photos(tmp_path / "src"), None)
+    assert "list_eval_partition.txt" in how
+    listed = {photo.key.rpartition("/")[2]: photo.split for photo in listed if photo.split}
+    assert listed == {"1.jpg": "test", "3.jpg": "train"}
+
+
+@pytest.mark.parametrize("keys", [
+    ("test/1.jpg", "portraits/2.jpg"), ("train/1.jpg", "2.jpg"), ("a/train/1.jpg", "b/test/2.jpg"),
+])
+def test_other_folders_are_no_split(tmp_path, keys):
+    photos, how = assign_splits(tmp_path / "x", [Photo(key, key) for key in keys])
+    assert how == "by a hash of the names" and all(photo.split for photo in photos)
