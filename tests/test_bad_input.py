@@ -114,21 +114,16 @@ def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--params", "nowhere"), ["nowhere", "train.py"]),
     (("--params", "bad.npz"), ["bad.npz", "damaged"]),
-    (("--images", "nowhere"), ["nowhere", "preprocess.py"]),
     (("--images", "empty"), ["empty", "no images"]),
     (("--images", "mixed", "--real", "two"), ["b.png is 32x32"]),
     (("--images", "broken", "--real", "two"), ["a.png", "cannot be read"]),
     (("--images", "one"), ["64", "test", "preprocess.py"]),
-    (("--images", "one", "--weights", "nowhere"), ["--weights nowhere does not exist"]),
-    (("--images", "one", "--dataroot", "nowhere"), ["no folder nowhere", "preprocess.py"]),
+    (("--images", "one", "--dataroot", "nowhere"), ["no folder nowhere/64/test", "preprocess.py"]),
     (("--images", "one", "--real", "one"), ["1 images"]),
     (("--images", "one", "--real", "two", "--num", "9"), ["--num is 9", "1 images"]),
     (("--images", "one", "--real", "small"), ["resolution is 32"]),
-    (("--images", "one", "--real", "no.npz"), ["no.npz"]),
     (("--images", "one", "--real", "bad.npz"), ["bad.npz", "mu and sigma"]),
-    (("--images", "one", "--real", "one", "--weights", "nowhere"), ["--weights nowhere"]),
     (("--images", "one", "--json", "bad.npz"), ["bad.npz exists"]),
     (("--images", "one", "--json", "no/r.json"), ["no folder no"]),
     (("--images", "one", "--real", "one", "--neighbours", "n.png"), ["--neighbours", "train"]),
