@@ -125,6 +125,20 @@ def test_a_training_is_measured_on_valid_where_it_has_enough_images(dataroot, tm
     assert "note: " not in capsys.readouterr().err
 
 
+def test_distances_are_computed_without_tf32(run_evaluate, dataroot, monkeypatch):
+    """KID, precision and recall are matrix products, for which NVIDIA's containers switch TF32 on."""
+    seen = []
+
+    def spy(*inputs):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return comparison.compare(*inputs)
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(evaluate, "compare", spy)
+    run_evaluate("--images", dataroot / "64" / "train", "--num", 9, "--no-floor")
+    assert seen == [False]
+
+
 def test_the_result_names_the_commit_and_the_parameters(run_evaluate, generator, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "git_commit", lambda: "0123abcd")
     run_evaluate("--params", generator, "--num", 6, "--no-floor", "--json", tmp_path / "r.json")
