@@ -135,27 +135,23 @@ def set_up_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # a stream that somebody has replaced
             stream.reconfigure(errors="backslashreplace")
-            stream.write = tolerate_lost_reader(stream, stream.write)
-            stream.flush = tolerate_lost_reader(stream, stream.flush)
+            stream.write = partial(write_or_drop, stream, stream.write)
+            stream.flush = partial(write_or_drop, stream, stream.flush)
 
 
-def tolerate_lost_reader(stream: TextIO, method: Callable) -> Callable:
-    """`method` of `stream`, which writes nothing any more after the reader has gone (`| head`, a closed terminal).
+def write_or_drop(stream: TextIO, write: Callable, *arguments: str) -> object:
+    """Call `write` of `stream`, which drops everything once its reader has gone (`| head`, a closed terminal).
 
     Another error of stdout, such as a full disk, raises UserError.
     """
-
-    def write(*arguments: str) -> object:
-        try:
-            return method(*arguments)
-        except OSError as error:
-            with open(os.devnull, "wb") as devnull:  # takes what is still in the buffer, also at exit
-                os.dup2(devnull.fileno(), stream.fileno())
-            is_lost = error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # EINVAL: a pipe on Windows
-            if stream is sys.stdout and not is_lost:
-                raise UserError(f"cannot write the output: {error.strerror}; send it elsewhere") from None
-
-    return write
+    try:
+        return write(*arguments)
+    except OSError as error:
+        with open(os.devnull, "wb") as devnull:  # takes what is still in the buffer, also at exit
+            os.dup2(devnull.fileno(), stream.fileno())
+        is_lost = error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # EINVAL: a pipe on Windows
+        if stream is sys.stdout and not is_lost:
+            raise UserError(f"cannot write the output: {error.strerror}; send it elsewhere") from None
 
 
 def end_on_ctrl_c() -> None:
@@ -207,22 +203,20 @@ def require_packages(*names: str) -> None:
     problems = []
     for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
         name, minimum = line.split(">=")
-        if not names or name in names:
-            problems += name_problem(name, minimum)
+        found = find_version(name) if not names or name in names else minimum
+        if not found or major_and_minor(found) < major_and_minor(minimum):
+            problems.append(f"{name} {minimum} or newer ({f'this is {found}' if found else 'not installed'})")
     if problems:
         raise UserError(f"needs {', '.join(problems)}: pip install -r requirements.txt")
 
 
-def name_problem(name: str, minimum: str) -> list[str]:
-    """[] when the package `name` is installed in version `minimum` or newer, else what is needed and what is there."""
+def find_version(name: str) -> str:
+    """The version of the package `name`, "" where it is missing."""
     try:
-        found = metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         # pillow-simd and the packages of some systems install the module under another name or without a version.
-        has_module = util.find_spec({"pillow": "PIL"}.get(name, name)) is not None
-        return [] if has_module else [f"{name} {minimum} or newer (not installed)"]
-    is_old = major_and_minor(found) < major_and_minor(minimum)
-    return [f"{name} {minimum} or newer (this is {found})"] if is_old else []
+        return "9999" if util.find_spec({"pillow": "PIL"}.get(name, name)) else ""
 
 
 def major_and_minor(version: str) -> list[int]:

@@ -76,13 +76,8 @@ def report(result: dict) -> str:
         sides.append(f"both {result['resolution']}x{result['resolution']}")
     network = [known["network"]] if "network" in known else []
     network.append(f"{result['dims']} features")
-    measurement = list(network)
-    if "resize" in known:
-        measurement.append(f"resize {result['resize']}")
-    if "dtype" in known:
-        measurement.append(result["dtype"])
-    if "weights_sha256" in known:
-        measurement.append(f"weights of SHA-256 {result['weights_sha256'][:16]}...")
+    others = {"resize": "resize {}", "dtype": "{}", "weights_sha256": "weights of SHA-256 {:.16}..."}
+    measurement = network + [text.format(known[field]) for field, text in others.items() if field in known]
     lines = ["; ".join(sides), ", ".join(measurement)]
     if "fid_95" in known:
         low, high = result["fid_95"]
