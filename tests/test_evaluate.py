@@ -125,15 +125,14 @@ def test_a_training_is_measured_on_valid_where_it_has_enough_images(dataroot, tm
     assert "note: " not in capsys.readouterr().err
 
 
-def test_distances_are_computed_without_tf32(run_evaluate, dataroot, monkeypatch):
-    """KID, precision and recall are matrix products, for which NVIDIA's containers switch TF32 on."""
+def test_distances_are_computed_without_tf32(run_evaluate, dataroot, monkeypatch, tf32):
+    """KID, precision and recall come from matrix products."""
     seen = []
 
     def spy(*inputs):
         seen.append(torch.backends.cuda.matmul.allow_tf32)
         return comparison.compare(*inputs)
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     monkeypatch.setattr(evaluate, "compare", spy)
     run_evaluate("--images", dataroot / "64" / "train", "--num", 9, "--no-floor")
     assert seen == [False]

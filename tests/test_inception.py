@@ -47,13 +47,11 @@ def test_the_flags_name_what_can_be_measured(capsys):
     assert defaults in text
 
 
-def test_tf32_is_off_while_features_are_computed(weights, monkeypatch):
-    """NVIDIA's containers switch it on for matrix products, and cuDNN's convolutions have it by default."""
+def test_tf32_is_off_while_features_are_computed(weights, tf32):
     features, _ = inception.load_inception("tf2015", 64, weights)
     seen = []
     features.layers.register_forward_pre_hook(lambda *_: seen.append(
         (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert seen == [(False, False)] and torch.backends.cuda.matmul.allow_tf32
 

@@ -123,15 +123,14 @@ def test_a_morph_between_two_photos_is_two_commands(run, tmp_path):
         run("--project", "photo.png")
 
 
-def test_a_projection_computes_without_tf32(run, monkeypatch):
-    """Rounded to TF32, it recovers four of six faces that float32 recovers. NVIDIA's containers switch matmul's on."""
+def test_a_projection_computes_without_tf32(run, monkeypatch, tf32):
+    """Rounded to TF32, it recovers four of six faces that float32 recovers."""
     seen = []
 
     def spy(*_):
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return latents([1], 8)
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     monkeypatch.setattr(generator, "project", spy)
     run("--project", "photo.png")
     assert seen == [(False, False)]
