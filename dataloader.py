@@ -21,8 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support.feature_stats import NpzImages, read_npz_images
-from support.file_kinds import holds_statistics
+from support.feature_stats import NpzImages, holds_statistics
 from support.files import UserError, printable
 from support.photos import Unreadable, read_rgb
 from support.sources import find_images, is_crop_folder
@@ -146,7 +145,7 @@ def open_images(path: Path) -> DataGenerater | NpzImages:
     """The images in a folder or an .npz file. Raises UserError for other files, and for statistics."""
     if holds_statistics(path):
         raise UserError(f"{path} holds statistics; give a folder or an .npz of images")
-    return read_npz_images(path, path.stat().st_mtime_ns) if path.is_file() else DataGenerater(path, image_size=None)
+    return NpzImages(path) if path.is_file() else DataGenerater(path, image_size=None)
 
 
 def read_pixels(dataset: DataGenerater, indices: Sequence[int]) -> np.ndarray:

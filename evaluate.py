@@ -16,39 +16,42 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from support.cli import HelpFormatter, int_at_least, npz_path, prepare, run
-from support.file_kinds import holds_statistics, require_images_or_statistics, require_pytorch_file
-from support.files import OVERWRITE_HELP, PARAMS_REMEDY, TRAINED, UserError, check_outputs, default_params
-from support.inception_choices import DEFAULT_RESIZE, LAST_LAYER, RESIZES, URLS, check_weights
-from support.sources import find_images, require_images, walk_images
+from support.cli import HelpFormatter, existing_path, int_at_least, npz_path, prepare, run, user_path
+from support.files import OVERWRITE_HELP, PARAMS_REMEDY, TRAINED, UserError, check_outputs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    defaults = ", ".join(f"{resize} for {network}" for network, resize in DEFAULT_RESIZE.items())
+    params = existing_path(PARAMS_REMEDY)
+    images = existing_path("give a folder of images, or an .npz of images or statistics")
+    weights = existing_path("give a state dict of Inception-v3")
     group = parser.add_argument_group("images")
-    fake, add = group.add_mutually_exclusive_group(), group.add_argument
-    fake.add_argument("--params", type=Path, help=f"generator (default: {TRAINED}, else the pretrained one)")
-    fake.add_argument("--images", type=Path, help="images to evaluate, a folder or an .npz of images or statistics")
-    add("--real", type=Path, help="real images, in the same forms (default: <dataroot>/<size>/<split>)")
-    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
+    fake = group.add_mutually_exclusive_group()
+    fake.add_argument("--params", type=params, help=f"generator (default: {TRAINED}, else the pretrained one)")
+    fake.add_argument("--images", type=images, help="images to evaluate, a folder or an .npz of images or statistics")
+    add = group.add_argument
+    add("--real", type=images, help="real images, in the same forms (default: <dataroot>/<size>/<split>)")
+    add("--dataroot", type=user_path, default=Path("data"), help="folder that preprocess.py made")
     add("--split", choices=("test", "valid"), default="test", help="real images: all of test, or --num of valid")
     add("--num", type=int_at_least(2), help="generated images (default: as many as real ones, or all of --images)")
     add("--seed", type=int_at_least(0), default=0, help="seed of the first face; the next faces have the next seeds")
     add = parser.add_argument_group("measurement").add_argument
-    add("--inception", choices=URLS, default="torchvision", help="network: the report's, or that of most papers")
-    add("--weights", type=Path, help="state dict of the network (default: torch's hub cache, or a download)")
-    add("--dims", type=int, choices=LAST_LAYER, default=2048, help="number of features; papers quote 2048")
-    add("--resize", choices=RESIZES, help=f"as pytorch-fid, TensorFlow 1 or clean-fid do (default: {defaults})")
+    add("--inception", choices=("torchvision", "tf2015"), default="torchvision", help="network: the report's, or that "
+        "of most papers")
+    add("--weights", type=weights, help="state dict of the network (default: torch's hub cache, or a download)")
+    add("--dims", type=int, choices=(64, 192, 768, 2048), default=2048, help="number of features; papers quote 2048")
+    add("--resize", choices=("bilinear", "tf", "clean"), help="as pytorch-fid, TensorFlow 1 or clean-fid do (default: "
+        "bilinear for torchvision, tf for tf2015)")
     add("--repeats", type=int_at_least(1), default=1, help="draws of --num faces, for a 95 %% interval of FID")
     add("--floor", action=argparse.BooleanOptionalAction, default=True, help="also measure real training images")
     add("--infinity", action="store_true", help="also extrapolate FID to infinitely many faces")
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, metavar="FILE", help="write the result with everything that it depends on")
+    add("--json", type=user_path, metavar="FILE", help="write the result with everything that it depends on")
     add("--save-stats", type=npz_path, metavar="NPZ", help="write the statistics of the real images")
-    add("--neighbours", type=Path, metavar="PNG", help="draw faces next to the most similar training images")
+    add("--neighbours", type=user_path, metavar="PNG", help="draw faces next to the most similar training images")
     add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -62,46 +65,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for what main() would refuse, as far as that takes no torch."""
-    outputs = {"--save-stats": args.save_stats, "--json": args.json, "--neighbours": args.neighbours}
-    check_outputs(outputs, args.overwrite, inputs=(args.params, args.images, args.real, args.weights))
-    if not args.images:
-        require_pytorch_file(args.params or default_params(), PARAMS_REMEDY)
-    elif holds_statistics(args.images) and (args.infinity or args.neighbours or args.num):
-        raise UserError(f"{args.images} holds statistics, but --infinity, --neighbours and --num need images")
-    for path in filter(None, (args.images, args.real)):
-        require_images_or_statistics(path)
-    if not args.real and not args.dataroot.is_dir():
-        require_images(args.dataroot)
-    if args.weights:
-        check_weights(args.weights)
-
-
-if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
+if __name__ == "__main__":  # answers --help and refuses mistyped flags before the imports below, which take seconds
     prepare(parse_args)
 
 import torch
 
-from dataloader import open_images, read_batches
+from dataloader import DataGenerater, open_images, read_batches
 from generator import choose_params, load_generator, sample
 from network import Generator
 from support import feature_stats
 from support.comparison import compare, compare_training_images, draw_neighbours, report, save_result, warn
-from support.devices import with_float64
+from support.devices import full_float32, with_float64
 from support.distributed import is_first_rank, joined_ranks, my_share, once_per_machine
+from support.feature_stats import NpzImages, choose, measure_features, refuse_mismatch
 from support.inception import find_weights, load_inception, pick_batch_size
 from support.metrics import frechet_distance
+from support.sources import walk_images
+
+Images = DataGenerater | NpzImages
 
 
 @dataclass
 class Extractor:
     """Turns images into statistics of Inception features: n, mu (D,), sigma (D,D), features (n,D) and metadata.
 
-    `metadata` identifies the measurement, see support/feature_stats.py. `net` is None where all statistics are on disk.
+    `metadata` identifies the measurement, see support/feature_stats.py.
     """
 
-    net: torch.nn.Module | None
+    net: torch.nn.Module
     metadata: dict
     batch_size: int
     cache: Path  # folder that keeps the statistics of real images
@@ -109,36 +100,29 @@ class Extractor:
     def of_generator(self, netG: Generator, seeds: range) -> dict:
         """Statistics of the faces of `seeds`, without writing them to disk."""
         faces = sample(netG, my_share(seeds), self.batch_size)
-        return self.metadata | feature_stats.measure(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
+        return self.metadata | measure_features(self.net, faces, len(seeds), f"seeds {seeds[0]}-{seeds[-1]}")
 
-    def of_images(self, folder: Path, num: int | None = None) -> dict:
-        """Statistics of `num` images in `folder`, or of all. The cache keeps them until the images change."""
-        dataset = open_images(folder)
-        if num and num > len(dataset):
-            raise UserError(f"--num is {num:,}, but {folder} holds {len(dataset):,} images; lower it")
-        feature_stats.refuse_mismatch({"resolution": dataset.image_size}, self.metadata, folder)
-        indices, split = feature_stats.choose(len(dataset), num), {"split": folder.name}
-        paths = [dataset.paths[i] for i in indices]
-        path = feature_stats.cache_path(self.cache, paths, dataset.root, self.metadata | split)
+    def of_images(self, dataset: Images, num: int) -> dict:
+        """Statistics of `num` images of `dataset`."""
+        indices = choose(len(dataset), num)
+        batches = read_batches(dataset, my_share(indices), self.batch_size)
+        stats = measure_features(self.net, batches, num, str(dataset.root))
+        return self.metadata | {"split": dataset.root.name} | stats
 
-        def measure() -> dict:
-            batches = read_batches(dataset, my_share(indices), self.batch_size)
-            return self.metadata | split | feature_stats.measure(self.net, batches, len(indices), str(folder))
-
-        return feature_stats.cached(path, measure)
-
-    def of_path(self, path: Path, num: int | None = None) -> dict:
-        """Statistics of a folder or an .npz file."""
-        if holds_statistics(path):
-            return feature_stats.load_comparable(path, self.metadata)
-        return self.of_images(path, num)
+    def of_real_images(self, dataset: Images, num: int) -> dict:
+        """The same, from the cache, which keeps them until the content of the files changes."""
+        paths = [dataset.paths[index] for index in choose(len(dataset), num)]
+        metadata = self.metadata | {"split": dataset.root.name}
+        return feature_stats.cached(self.cache, paths, metadata, partial(self.of_images, dataset, num))
 
 
 def load_extractor(args: argparse.Namespace, device: torch.device, image_size: int | None) -> Extractor:
     """The Extractor that the flags describe. One process on each machine downloads the weights."""
     weights = args.weights or once_per_machine(lambda: find_weights(args.inception))
     net, metadata = load_inception(args.inception, args.dims, weights, device, args.resize, args.precision)
-    metadata |= {"version": feature_stats.VERSION} | ({"resolution": image_size} if image_size else {})
+    metadata["version"] = feature_stats.VERSION
+    if image_size:
+        metadata["resolution"] = image_size
     return Extractor(net, metadata, args.batch_size or pick_batch_size(device), args.dataroot / ".statistics")
 
 
@@ -152,12 +136,14 @@ def make_scorer(flags: list[str], image_size: int, device: torch.device) -> Call
     args = parse_args(["--dims", "768", "--split", "valid", *flags])
     num = args.num or 1000
     folder = args.real or choose_split(args.dataroot / str(image_size), args.split, num)
-    num = min(num, len(open_images(folder)))
+    dataset = open_images(folder)
+    refuse_mismatch({"resolution": dataset.image_size}, {"resolution": image_size}, folder)
+    num = min(num, len(dataset))
     if is_first_rank():
         print(f"--eval-every measures the FID of {num:,} faces and {num:,} images of {folder}, {args.dims} features")
         warn(num, num, args.dims)
     extractor = load_extractor(args, device, image_size)
-    real = extractor.of_images(folder, num)
+    real = extractor.of_real_images(dataset, num)
 
     def score(netG: Generator) -> float:
         fake = extractor.of_generator(netG, range(args.seed, args.seed + num))
@@ -178,90 +164,118 @@ def choose_split(crops: Path, split: str, num: int) -> Path:
     return crops / "test"
 
 
-@dataclass
-class Inputs:
-    """What is compared: a generator or a path against real images, with the training images next to them, if any."""
+@dataclass(eq=False)
+class Side:
+    """One side of the comparison: a generator, images, or statistics (a dictionary) that were measured before."""
 
-    netG: Generator | None
-    fake: Path
-    real: Path
-    train: Path | None
-    resolution: int | None
+    source: Generator | Images | dict
+    path: Path
+    n: int | None  # images to draw or to choose; None for statistics that do not say how many they are of
+
+    def resolution(self) -> dict[str, int]:
+        """{"resolution": side of the images in pixels}, or nothing where statistics do not say it."""
+        known = self.source if isinstance(self.source, dict) else {"resolution": self.source.image_size}
+        return {name: known[name] for name in known if name == "resolution"}
+
+    def first_images(self, seed: int) -> torch.Tensor:
+        """The first 8 of the images that are measured, uint8 (8,3,S,S)."""
+        if isinstance(self.source, Generator):
+            return next(sample(self.source, range(seed, seed + 8)))
+        return self.source.__getitems__(choose(len(self.source), self.n)[:8])
 
 
-def find_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
-    """Load the generator and find the images. Raises UserError for anything that would fail after the measurement."""
-    check_args(args)
-    args.params = None if args.images else choose_params(args.params)
-    netG = None if args.images else load_generator(args.params, device)
-    if netG:
-        resolution = netG.image_size
-    elif holds_statistics(args.images):
-        resolution = feature_stats.load_statistics(args.images).get("resolution")
+def open_side(path: Path, num: int | None) -> Side:
+    """`num` images of a folder or an .npz, or all, or the statistics in an .npz. Raises UserError."""
+    if feature_stats.holds_statistics(path):
+        stats = feature_stats.load_statistics(path)
+        return Side(stats, path, stats.get("n"))
+    dataset = open_images(path)
+    if num and num > len(dataset):
+        raise UserError(f"--num is {num:,}, but {path} holds {len(dataset):,} images; lower it")
+    return Side(dataset, path, num or len(dataset))
+
+
+def find_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Side, Side, DataGenerater | None]:
+    """The generated and the real side, and the training images next to the real ones, if they are to be measured.
+
+    Raises UserError for everything that would fail after the measurement.
+    """
+    outputs = {"--save-stats": args.save_stats, "--json": args.json, "--neighbours": args.neighbours}
+    check_outputs(outputs, args.overwrite, inputs=(args.params, args.images, args.real, args.weights))
+    if args.images:
+        fake = open_side(args.images, args.num)
     else:
-        resolution = open_images(args.images).image_size
-    real = args.real or args.dataroot / str(resolution) / args.split
-    train = real.with_name("train")
-    train = train if train.is_dir() and real.is_dir() and real.name != "train" else None
-    if args.neighbours and not train:
-        raise UserError(f"--neighbours needs a folder train next to {real}; give another --real")
-    if not holds_statistics(real):
-        open_images(real)  # before anything is downloaded
-    return Inputs(netG, args.images or args.params, real, train, resolution)
+        args.params = choose_params(args.params)
+        fake = Side(load_generator(args.params, device), args.params, args.num)
+    if isinstance(fake.source, dict) and (args.infinity or args.neighbours or args.num):
+        raise UserError(f"{fake.path} holds statistics, but --infinity, --neighbours and --num need images")
+    resolution = fake.resolution()
+    if not (args.real or resolution):
+        raise UserError(f"{fake.path} does not say the size of its images; give the real ones to --real")
+    real_path = args.real or args.dataroot / str(resolution["resolution"]) / args.split
+    real = open_side(real_path, args.num if args.split == "valid" else None)
+    refuse_mismatch(real.resolution(), resolution, real_path)
+    if isinstance(fake.source, Generator):
+        fake.n = fake.n or real.n or 10_000
+    if args.infinity and fake.n < 2 * args.dims:
+        raise UserError(f"--infinity needs {2 * args.dims:,} generated images at --dims {args.dims}, not {fake.n:,}")
+    folder = real_path.with_name("train")
+    train = None
+    if (args.floor or args.neighbours) and folder.is_dir() and real_path.is_dir() and real_path != folder:
+        train = open_images(folder)
+        refuse_mismatch({"resolution": train.image_size}, resolution, folder)
+    if args.neighbours and train is None:
+        raise UserError(f"--neighbours needs a folder train next to {real_path}; give another --real")
+    return fake, real, train
 
 
-def measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[dict], dict | None]:
-    """Statistics of the real images, of each draw of generated images, and of training images, if they are needed."""
-    if not inputs.netG and holds_statistics(inputs.real) and holds_statistics(inputs.fake):
-        extractor = Extractor(None, {}, 0, args.dataroot)
+def measure_sides(
+    fake: Side, real: Side, train: DataGenerater | None, args: argparse.Namespace, device: torch.device
+) -> tuple[list[dict], dict, dict | None]:
+    """Statistics of each draw of generated images, of the real images, and of training images, if any."""
+    known = [side for side in (fake, real) if isinstance(side.source, dict)]
+    feature_stats.note_unknown((side.source, side.path) for side in known)
+    if len(known) == 2:
+        refuse_mismatch(fake.source, real.source, fake.path)
+        return [fake.source], real.source, None
+    extractor = load_extractor(args, device, fake.resolution().get("resolution"))
+    for side in known:
+        refuse_mismatch(side.source, extractor.metadata, side.path)
+    real_stats = real.source if real in known else extractor.of_real_images(real.source, real.n)
+    if isinstance(fake.source, Generator):
+        starts = range(args.seed, args.seed + fake.n * args.repeats, fake.n)
+        fake_stats = [extractor.of_generator(fake.source, range(start, start + fake.n)) for start in starts]
     else:
-        extractor = load_extractor(args, device, inputs.resolution)
-    real, train = extractor.of_path(inputs.real, args.num if args.split == "valid" else None), None
-    num = args.num or (real.get("n", 10_000) if inputs.netG else None)
-    if args.infinity and (n := num or len(open_images(args.images))) < 2 * args.dims:
-        raise UserError(f"--infinity needs {2 * args.dims:,} generated images at --dims {args.dims}, not {n:,}")
-    if inputs.netG:
-        starts = range(args.seed, args.seed + num * args.repeats, num)
-        fakes = [extractor.of_generator(inputs.netG, range(start, start + num)) for start in starts]
-    else:
-        fakes = [extractor.of_path(args.images, num)]
-        feature_stats.refuse_mismatch(fakes[0], real, args.images)
-    if inputs.train and (args.floor or args.neighbours):
-        n_train = None if args.neighbours else min(fakes[0].get("n", 10_000), len(find_images(inputs.train)))
-        train = extractor.of_images(inputs.train, n_train)
-    return real, fakes, train
+        fake_stats = [fake.source if fake in known else extractor.of_images(fake.source, fake.n)]
+    train_stats = None
+    if train is not None:
+        n = len(train) if args.neighbours else min(fake.n or 10_000, len(train))
+        train_stats = extractor.of_real_images(train, n)
+    return fake_stats, real_stats, train_stats
 
 
-def write_outputs(result: dict, inputs: Inputs, args: argparse.Namespace, real: dict, fake: dict, train: dict) -> None:
-    """The files that --save-stats, --neighbours and --json ask for."""
-    if args.save_stats:
-        stats = {name: value for name, value in real.items() if name != "features"}
-        feature_stats.save_statistics(stats, args.save_stats)
-    if args.neighbours:
-        if inputs.netG:
-            shown = next(sample(inputs.netG, range(args.seed, args.seed + 8)))
-        else:
-            dataset = open_images(args.images)
-            shown = dataset.__getitems__(feature_stats.choose(len(dataset), args.num)[:8])
-        draw_neighbours(shown, fake["features"], train["features"], open_images(inputs.train), args.neighbours)
-    if args.json:
-        save_result(result, args)
-
-
+@full_float32()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with joined_ranks(args.device) as device:
-        inputs = find_inputs(args, device)
-        real, fakes, train = measure(inputs, args, device)
+        fake, real, train = find_inputs(args, device)
+        fakes, real_stats, train_stats = measure_sides(fake, real, train, args, device)
         if not is_first_rank():
             return
-    result = {name: fakes[0].get(name, real.get(name)) for name in feature_stats.IDENTITY}
-    result |= {"real": str(inputs.real), "fake": str(inputs.fake)}
-    result |= compare(real, fakes, args.infinity, with_float64(device))
+    result = {name: fakes[0].get(name, real_stats.get(name)) for name in feature_stats.IDENTITY}
+    result |= {"real": str(real.path), "fake": str(fake.path)}
+    result |= compare(real_stats, fakes, args.infinity, with_float64(device))
     if train and args.floor:
-        result |= compare_training_images(real, train, result["n_fake"] or train["n"])
+        result |= compare_training_images(real_stats, train_stats, result["n_fake"] or train_stats["n"])
     warn(result["n_real"], result["n_fake"], result["dims"])
-    write_outputs(result, inputs, args, real, fakes[0], train)
+    if args.save_stats:
+        stats = {name: value for name, value in real_stats.items() if name != "features"}
+        feature_stats.save_statistics(stats, args.save_stats)
+    if args.neighbours:
+        shown = fake.first_images(args.seed)
+        draw_neighbours(shown, fakes[0]["features"], train_stats["features"], train, args.neighbours)
+    if args.json:
+        save_result(result, args)
     print(report(result))
 
 

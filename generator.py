@@ -16,43 +16,37 @@ and so does any checkpoint that holds one generator. In Python: generate(load_ge
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from support.cli import HelpFormatter, int_at_least, parse_seeds, parse_terms, prepare, run
-from support.files import (
-    OVERWRITE_HELP,
-    PARAMS_REMEDY,
-    PRETRAINED,
-    TRAINED,
-    UserError,
-    arithmetic_target,
-    atomic_write,
-    default_params,
-    face_targets,
-    printable,
-    projection_targets,
-)
+from support.cli import HelpFormatter, existing_path, int_at_least, parse_seeds, parse_terms, prepare, run, user_path
+from support.files import OVERWRITE_HELP, PARAMS_REMEDY, PRETRAINED, TRAINED, UserError
 
+MANY = 1000  # faces that processes write
 REMEDY = "pass the generator.params of a training to --params"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    params = existing_path(PARAMS_REMEDY)
+    image = existing_path("give an image")
+    latent_file = existing_path("make one with --project")
     add = parser.add_argument_group("model").add_argument
-    add("--params", type=Path, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
+    add("--params", type=params, help=f"weights of the generator (default: {TRAINED}, else the pretrained ones)")
     group = parser.add_argument_group("what to draw (one of these)").add_mutually_exclusive_group()
     add = group.add_argument
     add("--seeds", type=parse_seeds, default="0-63", help="faces to draw, such as 0-63 or 1,5,10-12")
-    add("--latents", type=Path, nargs="+", metavar="FILE", help="faces of latents that --project found")
+    add("--latents", type=latent_file, nargs="+", metavar="FILE", help="faces of latents that --project found")
     add("--arithmetic", type=parse_terms, metavar="SUM", help="sum of mean faces of seeds: <outdir>_arithmetic.png")
-    add("--project", type=Path, nargs="+", metavar="PHOTO", help="find the faces that come nearest to photos")
+    add("--project", type=image, nargs="+", metavar="PHOTO", help="find the faces that come nearest to photos")
     add = parser.add_argument_group("pictures").add_argument
-    add("--mask", type=Path, help="for --project: fill the part of each photo where this image is white")
+    add("--mask", type=image, help="for --project: fill the part of each photo where this image is white")
     add("--grid", action="store_true", help="also draw all faces in one picture, <outdir>_grid.png")
     add("--interpolate", action="store_true", help="also draw a morph of 8 faces, <outdir>_interpolation.gif")
-    add("--page", type=Path, metavar="FILE", help="instead write an HTML page that draws these faces and new ones")
-    add("--outdir", type=Path, help="folder for the pictures (default: faces; projections for --project)")
+    add("--page", type=user_path, metavar="FILE", help="instead write a web page that draws these faces and new ones")
+    add("--outdir", type=user_path, help="folder for the pictures (default: faces; projections for --project)")
     add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -69,9 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # answers --help and refuses bad flags before the imports below, which take seconds
+if __name__ == "__main__":  # answers --help and refuses mistyped flags before the imports below, which take seconds
     prepare(parse_args)
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -79,21 +74,24 @@ from tqdm import tqdm
 from dataloader import to_float, to_uint8
 from network import Generator
 from support import distributed
-from support.devices import DTYPES, explain_out_of_memory, memory_format
+from support.devices import DTYPES, explain_out_of_memory, full_float32, memory_format
+from support.files import atomic_write, make_outdir, note_weights, path_next_to, printable, refuse_existing
 from support.images import encode_png, image_grid, save_animation, save_image, side_by_side, to_pil
 from support.latent_space import arithmetic, interpolate, mean_latent, neighbours, read_latents
 from support.page import draw_page
 from support.projection import ITERATIONS, complete, project, psnr, read_photo
 from support.seeding import latents
 from support.weights import add_counters, check_tensors, find_generator, kernels_of, load_tensors, save_tensors
+from support.workers import count_cores, iterate_in_processes
 
 
 def choose_params(params: Path | None) -> Path:
     """`params`, else the generator that train.py made here, else the pretrained one, with a note on standard error."""
-    chosen = params or default_params()
-    if not params and chosen == PRETRAINED and distributed.is_first_rank():
+    if params or TRAINED.exists() or not PRETRAINED.exists():
+        return params or TRAINED
+    if distributed.is_first_rank():
         print(f"note: there is no {TRAINED} yet; this is the pretrained generator, {PRETRAINED}", file=sys.stderr)
-    return chosen
+    return PRETRAINED
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
@@ -112,9 +110,10 @@ def generator_from_state_dict(content: dict, path: str | Path) -> Generator:
     """
     state = find_generator(content, path, REMEDY)
     kernels = kernels_of(state)
-    nz, ngf, image_size = kernels[0].shape[0], kernels[-1].shape[0], 2 ** (len(kernels) + 1)
+    nz = kernels[0].shape[0]
+    ngf = kernels[-1].shape[0]
     with torch.device("meta"):  # takes no memory before the shapes have been compared
-        netG = Generator(nz, ngf, image_size)
+        netG = Generator(nz, ngf, image_size=2 ** (len(kernels) + 1))
     expected = netG.state_dict()
     state = add_counters(state, expected)
     check_tensors(state, expected, path, "a DCGAN generator", REMEDY)
@@ -143,33 +142,38 @@ def generate(netG: Generator, seeds: Sequence[int]) -> list[Image.Image]:
     return [to_pil(face) for faces in sample(netG, seeds) for face in faces]
 
 
-def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path]) -> None:
-    """One PNG a face."""
+def write_pngs(faces: tuple[np.ndarray, Sequence[Path]]) -> int:
+    """One PNG for each of the pixels uint8 (N,H,W,3) at its path. Returns N."""
+    for pixels, path in zip(*faces):
+        with atomic_write(path) as file:
+            file.write(encode_png(pixels))
+    return len(faces[1])
+
+
+def save_faces(batches: Iterable[torch.Tensor], paths: Sequence[Path], workers: int = 0) -> None:
+    """One PNG a face, written by `workers` processes while this one draws."""
     remaining = iter(paths)
+    faces = ((images.permute(0, 2, 3, 1).numpy(), list(islice(remaining, len(images)))) for images in batches)
+    remedy = "free some memory and run the same command again with --overwrite"
+    written = iterate_in_processes(write_pngs, faces, workers, remedy, ahead=2 * workers)
     hidden = None if distributed.is_first_rank() else True
-    with tqdm(total=len(paths), desc="faces", unit="img", disable=hidden) as bar:
-        for images in batches:
-            for pixels, path in zip(images.permute(0, 2, 3, 1).numpy(), remaining):
-                with atomic_write(path) as file:
-                    file.write(encode_png(pixels))
-            bar.update(len(images))
-
-
-def make_outdir(outdir: Path) -> None:
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make --outdir {outdir} ({error.strerror}); choose another") from None
+    with closing(written), tqdm(total=len(paths), desc="faces", unit="img", disable=hidden) as bar:
+        for number in written:
+            bar.update(number)
 
 
 def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
     """The faces of --seeds or --latents, --grid and --interpolate. The processes of torchrun share the faces."""
     named = read_latents(args.latents or (), netG.nz)
-    z = torch.stack(list(named.values())) if named else None
-    paths, grid, animation = face_targets(args, named or args.seeds)
-    make_outdir(args.outdir)
+    paths = [args.outdir / f"{name}.png" for name in named or (f"{seed:08d}" for seed in args.seeds)]
+    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
+    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
+    make_outdir(args.outdir, [*paths, *filter(None, (grid, animation))], args.overwrite)
     distributed.wait_for_ranks()  # no process writes before all have looked for existing pictures
+    if distributed.is_first_rank():
+        note_weights(args.outdir, args.params, paths)
     if named:
+        z = torch.stack(list(named.values()))
         batches = map(partial(draw, netG), distributed.my_share(z).split(args.batch_size))
     else:
         batches = sample(netG, distributed.my_share(args.seeds), args.batch_size)
@@ -179,7 +183,8 @@ def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
         if distributed.is_first_rank():
             faces = torch.cat([batch for share in shares for batch in share])
             save_image(image_grid(faces, max(8, round(len(faces) ** 0.5))), grid)
-    save_faces(batches, distributed.my_share(paths))
+    workers = count_cores() if len(paths) >= MANY else 0
+    save_faces(batches, distributed.my_share(paths), workers // distributed.rank_and_world_size()[1])
     if animation and distributed.is_first_rank():
         path = interpolate(z[:8] if named else latents(args.seeds[:8], netG.nz))
         frames = [image_grid(face[None]) for part in path.split(args.batch_size) for face in draw(netG, part)]
@@ -191,12 +196,14 @@ def draw_faces(args: argparse.Namespace, netG: Generator) -> str:
 
 def draw_arithmetic(args: argparse.Namespace, netG: Generator) -> str:
     """A row for each group: its faces and their mean face. On the right, the sum in the middle of eight neighbours."""
-    path = arithmetic_target(args)
+    path = path_next_to(args.outdir, "_arithmetic.png")
+    refuse_existing([path], args.overwrite, "--outdir")
     groups = [(sign, latents(seeds, netG.nz)) for sign, seeds in args.arithmetic]
     z = arithmetic(groups)
     if not z.isfinite().all():
         raise UserError("the groups of --arithmetic cancel each other; give others")
-    columns, rows = max(len(group) for _, group in groups), []
+    columns = max(len(group) for _, group in groups)
+    rows = []
     for _, group in groups:
         faces = draw(netG, torch.cat([group, mean_latent(group)]))
         white = torch.full_like(faces[:1], 255).expand(columns - len(group), -1, -1, -1)
@@ -207,11 +214,15 @@ def draw_arithmetic(args: argparse.Namespace, netG: Generator) -> str:
     return f"sum of {len(groups)} groups of faces in {path}"
 
 
+@full_float32()
 def project_photos(args: argparse.Namespace, netG: Generator) -> str:
     """Writes <name>.latents and <name>_projected.png (photo, face, difference); --mask adds <name>_completed.png."""
-    targets = projection_targets(args)
+    endings = [".latents", "_projected.png"] + ["_completed.png"] * bool(args.mask)
+    targets = [[args.outdir / f"{path.stem}{ending}" for ending in endings] for path in args.project]
+    if len({target[0] for target in targets}) < len(targets):
+        raise UserError("--project: two photos have the same name without its ending; rename one")
     photos = [read_photo(path, netG.image_size, args.mask) for path in args.project]
-    make_outdir(args.outdir)
+    make_outdir(args.outdir, [path for paths in targets for path in paths], args.overwrite)
     lines = []
     with tqdm(total=len(photos) * ITERATIONS, desc="project", disable=None) as bar:
         for path, (photo, hole), (latents_path, projected, *completed) in zip(args.project, photos, targets):

@@ -26,7 +26,7 @@ from timing import timed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import DataGenerater, find_images, read_batches
 from support.cli import HelpFormatter, int_at_least, run
-from support.feature_stats import measure
+from support.feature_stats import measure_features
 from support.files import UserError
 from support.inception import LAST_LAYER, load_inception
 from support.metrics import frechet_distance, kernel_distance, mean_and_covariance, precision_and_recall
@@ -41,7 +41,7 @@ def our_features(folder: Path, dims: int, resize: str, weights: Path, batch: int
     dataset = DataGenerater(folder, image_size=None)
     net(dataset.__getitems__(range(2)))
     batches = read_batches(dataset, range(len(dataset)), batch)
-    stats, seconds = timed(measure, net, batches, len(dataset), f"ours {dims} {resize} {folder.name}")
+    stats, seconds = timed(measure_features, net, batches, len(dataset), f"ours {dims} {resize} {folder.name}")
     return stats["features"], seconds / len(dataset)
 
 

@@ -4,6 +4,7 @@
         prepare(parse_args)                         # answers --help before the imports that take seconds
     ...
     parser.add_argument("--epochs", type=int_at_least(1))
+    parser.add_argument("--mask", type=existing_path("give an image"))
     run(main)                                       # UserError becomes "error: ..." and exit code 1
 """
 
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import TextIO
@@ -61,9 +63,30 @@ def float_below(limit: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+def user_path(text: str) -> Path:
+    """An argparse type: a path, where ~ is the user's home. Shells do not replace the ~ of `--dataroot=~/faces`."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises for a user that does not exist)
+
+
+user_path.metavar = "PATH"
+
+
+def existing_path(remedy: str) -> Callable[[str], Path]:
+    """An argparse type: the path of a file or folder that exists. `remedy` is what to do where it does not."""
+
+    def parse(text: str) -> Path:
+        path = user_path(text)
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"{printable(path)} does not exist; {remedy}")
+        return path
+
+    parse.metavar = "PATH"
+    return parse
+
+
 def npz_path(text: str) -> Path:
     """An argparse type: a path that ends in .npz. numpy.load and this repository know the format by that name."""
-    path = Path(text)
+    path = user_path(text)
     return path if path.suffix.lower() == ".npz" else path.with_name(f"{path.name}.npz")
 
 
@@ -101,46 +124,34 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return getattr(action.type, "metavar", metavar)
 
 
-class Output:
-    """A standard stream that does not end the program: characters outside its encoding become backslash escapes.
-
-    Nothing is written any more after its reader has gone (`| head`, a closed terminal). With `required`, another error
-    such as a full disk raises UserError.
-    """
-
-    def __init__(self, stream: TextIO, required: bool):
-        self.stream, self.required = stream, required
-        with suppress(AttributeError, OSError):  # a stream that somebody has replaced
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self.stream.flush)
-
-    def _attempt(self, call: Callable, *arguments: str) -> None:
-        try:
-            call(*arguments)
-        except OSError as error:
-            with open(os.devnull, "wb") as devnull:  # takes what is still in the buffer, also at exit
-                os.dup2(devnull.fileno(), self.stream.fileno())
-            # Windows reports EINVAL for a pipe that nobody reads.
-            if self.required and error.errno not in (errno.EPIPE, errno.EIO, errno.EINVAL):
-                raise UserError(f"cannot write the output: {error.strerror}; send it elsewhere") from None
-
-
 def set_up_streams() -> None:
-    """Make stdout and stderr safe to write to. A stream that was closed (`2>&-`) becomes os.devnull."""
+    """Make stdout and stderr safe to print to: no encoding, no closed stream and no lost reader ends a script.
+
+    A stream that was closed (`2>&-`) becomes os.devnull. Characters outside an encoding become backslash escapes.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # in the order of their numbers, which no other file gets then
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    if not isinstance(sys.stdout, Output):
-        sys.stdout, sys.stderr = Output(sys.stdout, required=True), Output(sys.stderr, required=False)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # a stream that somebody has replaced
+            stream.reconfigure(errors="backslashreplace")
+            stream.write = partial(write_or_drop, stream, stream.write)
+            stream.flush = partial(write_or_drop, stream, stream.flush)
+
+
+def write_or_drop(stream: TextIO, write: Callable, *arguments: str) -> object:
+    """Call `write` of `stream`, which drops everything once its reader has gone (`| head`, a closed terminal).
+
+    Another error of stdout, such as a full disk, raises UserError.
+    """
+    try:
+        return write(*arguments)
+    except OSError as error:
+        with open(os.devnull, "wb") as devnull:  # takes what is still in the buffer, also at exit
+            os.dup2(devnull.fileno(), stream.fileno())
+        is_lost = error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # EINVAL: a pipe on Windows
+        if stream is sys.stdout and not is_lost:
+            raise UserError(f"cannot write the output: {error.strerror}; send it elsewhere") from None
 
 
 def end_on_ctrl_c() -> None:
@@ -167,18 +178,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare(parse_args: Callable[[], argparse.Namespace] | None = None, packages: Sequence[str] = ()) -> None:
-    """Answer --help, and exit with one sentence for missing `packages` (all by default) and for flags that are refused.
+    """Answer --help, and refuse flags of the wrong type and missing `packages` (default: all), before slow imports.
 
     Afterwards, Ctrl-C ends the process silently until run() is called.
     """
     set_up_threads()
-
-    def answer() -> None:
-        require_packages(*packages)
-        if parse_args:
-            parse_args()
-
-    run(answer)
+    run(partial(require_packages, *packages))
+    if parse_args:
+        run(parse_args)
     end_on_ctrl_c()
 
 
@@ -196,22 +203,20 @@ def require_packages(*names: str) -> None:
     problems = []
     for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
         name, minimum = line.split(">=")
-        if not names or name in names:
-            problems += name_problem(name, minimum)
+        found = find_version(name) if not names or name in names else minimum
+        if not found or major_and_minor(found) < major_and_minor(minimum):
+            problems.append(f"{name} {minimum} or newer ({f'this is {found}' if found else 'not installed'})")
     if problems:
         raise UserError(f"needs {', '.join(problems)}: pip install -r requirements.txt")
 
 
-def name_problem(name: str, minimum: str) -> list[str]:
-    """[] when the package `name` is installed in version `minimum` or newer, else what is needed and what is there."""
+def find_version(name: str) -> str:
+    """The version of the package `name`, "" where it is missing."""
     try:
-        found = metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         # pillow-simd and the packages of some systems install the module under another name or without a version.
-        has_module = util.find_spec({"pillow": "PIL"}.get(name, name)) is not None
-        return [] if has_module else [f"{name} {minimum} or newer (not installed)"]
-    is_old = major_and_minor(found) < major_and_minor(minimum)
-    return [f"{name} {minimum} or newer (this is {found})"] if is_old else []
+        return "9999" if util.find_spec({"pillow": "PIL"}.get(name, name)) else ""
 
 
 def major_and_minor(version: str) -> list[int]:

@@ -23,7 +23,7 @@ def measure_colour(images: torch.Tensor) -> torch.Tensor:
     luma = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]).sum(1)
     largest, smallest = images.amax(1), images.amin(1)
     parts = ((largest - smallest), (largest < 5).float(), (smallest > 250).float())
-    return torch.stack([luma.std((1, 2), correction=0), *(part.mean((1, 2)) for part in parts)], 1).double().cpu()
+    return torch.stack([luma.std((1, 2), correction=0), *(part.mean((1, 2)) for part in parts)], 1).cpu().double()
 
 
 def compare_colour(real: list[float], fake: list[float]) -> dict[str, dict]:

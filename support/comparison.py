@@ -67,36 +67,38 @@ def warn(n_real: int | None, n_fake: int | None, dims: int) -> None:
 
 def report(result: dict) -> str:
     """The result in words, with everything known that it depends on. The last line is the FID."""
+    known = {field: value for field, value in result.items() if value is not None}
     name = "FID" if result["dims"] == 2048 else f"FID-{result['dims']}"
-    known = {field for field, value in result.items() if value is not None}
-    first = [
-        "{real}: {n_real} real images" if "n_real" in known else "{real}: real images",
-        "{fake}: {n_fake} generated images" if "n_fake" in known else "{fake}: generated images",
-    ]
-    first += ["both {resolution}x{resolution}"] * ("resolution" in known)
-    second = {
-        "network": "{network}",
-        "dims": "{dims} features",
-        "resize": "resize {resize}",
-        "dtype": "{dtype}",
-        "weights_sha256": "weights of SHA-256 {weights_sha256:.16}...",
-    }
-    lines = ["; ".join(first), ", ".join(text for field, text in second.items() if field in known)]
-    if "fid_95" in result:
-        lines.append(name + " {fid:.4f}: mean of {n_repeats} draws, 95 % interval {fid_95[0]:.4f} to {fid_95[1]:.4f}")
-    if "fid_infinity" in result:
-        lines.append(name + " {fid_infinity:.4f} extrapolated to infinitely many generated images")
-    if "floor" in result:
-        lines.append(name + " {floor:.4f} of {n_floor} real training images, which a perfect generator would reach")
-    if "kid" in result:
-        spread = ", standard deviation {kid_std:.6f} over subsets" if "kid_std" in known else ""
-        lines.append("KID {kid:.6f}" + spread)
-        lines.append("improved precision {precision:.4f}, recall {recall:.4f}, in Inception features")
-    if "colour" in result:
-        ratios = {name: values["ratio"] for name, values in result["colour"].items()}
-        shown = (f"{name} {'unknown' if ratio is None else format(ratio, '.2f')}" for name, ratio in ratios.items())
+    n_real = f"{known['n_real']:,} real" if "n_real" in known else "real"
+    n_fake = f"{known['n_fake']:,} generated" if "n_fake" in known else "generated"
+    sides = [f"{result['real']}: {n_real} images", f"{result['fake']}: {n_fake} images"]
+    if "resolution" in known:
+        sides.append(f"both {result['resolution']}x{result['resolution']}")
+    network = [known["network"]] if "network" in known else []
+    network.append(f"{result['dims']} features")
+    others = {"resize": "resize {}", "dtype": "{}", "weights_sha256": "weights of SHA-256 {:.16}..."}
+    measurement = network + [text.format(known[field]) for field, text in others.items() if field in known]
+    lines = ["; ".join(sides), ", ".join(measurement)]
+    if "fid_95" in known:
+        low, high = result["fid_95"]
+        draws = f"mean of {result['n_repeats']} draws, 95 % interval {low:.4f} to {high:.4f}"
+        lines.append(f"{name} {result['fid']:.4f}: {draws}")
+    if "fid_infinity" in known:
+        lines.append(f"{name} {result['fid_infinity']:.4f} extrapolated to infinitely many generated images")
+    if "floor" in known:
+        images = f"{result['n_floor']:,} real training images, which a perfect generator would reach"
+        lines.append(f"{name} {result['floor']:.4f} of {images}")
+    if "kid" in known:
+        spread = f", standard deviation {result['kid_std']:.6f} over subsets" if "kid_std" in known else ""
+        lines.append(f"KID {result['kid']:.6f}{spread}")
+        share = f"precision {result['precision']:.4f}, recall {result['recall']:.4f}"
+        lines.append(f"improved {share}, in Inception features")
+    if "colour" in known:
+        ratios = {what: values["ratio"] for what, values in result["colour"].items()}
+        shown = (f"{what} {'unknown' if ratio is None else format(ratio, '.2f')}" for what, ratio in ratios.items())
         lines.append(f"colour relative to the real images: {', '.join(shown)} (share of pixels)")
-    return "\n".join([*lines, "Fréchet Inception Distance (FID): {fid:.4f}"]).format(**result)
+    context = ", ".join([*network, f"{n_real} and {n_fake} images"])  # nobody quotes the number without it
+    return "\n".join([*lines, f"Fréchet Inception Distance (FID): {result['fid']:.4f} ({context})"])
 
 
 def draw_neighbours(fakes: Tensor, features: Tensor, train_features: Tensor, train: Sequence, path: Path) -> None:

@@ -99,6 +99,21 @@ def with_float64(device: torch.device) -> torch.device:
 
 
 @contextmanager
+def full_float32():
+    """Switch TF32 off, which rounds the factors of float32 products to ten bits.
+
+    cuDNN uses it for convolutions by default, and NVIDIA's containers switch it on for matrix products too.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
 def explain_out_of_memory(remedy: str):
     """Turn a device's out-of-memory error into a UserError that ends in `remedy`."""
     try:

@@ -1,16 +1,15 @@
 """Statistics of Inception features: measure them, keep them in .npz files, and tell whether two are comparable.
 
-    stats = measure(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D), colour
-    save_statistics(stats, Path("real.npz"))                     # mu and sigma, as pytorch-fid reads them
-    NpzImages(Path("samples.npz"))[7]                            # uint8 (3,S,S); the format of guided-diffusion
+    stats = measure_features(net, batches, total=1000, label="faces")     # n, mu (D,), sigma (D,D), features (n,D)
+    save_statistics(stats, Path("real.npz"))                              # mu and sigma, as pytorch-fid reads them
+    NpzImages(Path("samples.npz"))[7]                                     # uint8 (3,S,S), as guided-diffusion writes
 """
 
 import hashlib
 import json
-import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +19,27 @@ from tqdm import tqdm
 from support.colour import NAMES, measure_colour
 from support.devices import explain_out_of_memory, with_float64
 from support.distributed import gather, is_first_rank, my_share
-from support.files import UserError, atomic_write, printable
+from support.files import UserError, atomic_write, hash_file, printable
 from support.metrics import mean_and_covariance
+from support.weights import describe
 
 VERSION = 2  # of the measurement: raised when the same images would give other numbers
-READING = 3  # of images: raised when a file would give other pixels or statistics, so that the cache is measured again
+READING = 4  # of images: raised when a file would give other pixels or statistics, so that the cache is measured again
 # Two sets of statistics are comparable only if these are equal.
 IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
-TEXTS, NUMBERS = ("network", "resize", "dtype", "weights_sha256", "split"), ("dims", "version", "resolution", "n")
+TEXTS = ("network", "resize", "dtype", "weights_sha256", "split")
+NUMBERS = ("dims", "version", "resolution", "n")
 FIELDS = (*TEXTS, *NUMBERS, "mu", "sigma", "features", "colour")
 
 
-def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
+def measure_features(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
     """Statistics of `total` images in batches uint8 (N,3,S,S), of which each process passes its share.
 
     Raises UserError for fewer than 2 images and for features that are NaN or infinite.
     """
-    features, colours, device = [], [], next(net.parameters()).device
+    device = next(net.parameters()).device
+    features = []
+    colours = []
     bar = tqdm(total=len(my_share(range(total))), desc=label, unit="img", disable=None if is_first_rank() else True)
     with bar, explain_out_of_memory("lower --batch-size"):
         for batch in batches:
@@ -44,7 +47,7 @@ def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, l
             colours.append(measure_colour(images))
             features.append(net(images))
             bar.update(len(batch))
-    shares = gather(([part.cpu() for part in features], [part.cpu() for part in colours]))
+    shares = gather(([part.cpu() for part in features], colours))
     features, colours = (torch.cat([part for parts in column for part in parts]) for column in zip(*shares))
     if len(features) < 2:
         raise UserError(f"{label}: {len(features)} images have no covariance; give 2 or more, 2,048 to quote FID")
@@ -52,6 +55,13 @@ def measure(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, l
         raise UserError(f"{label}: the features hold NaN or infinite values; check the images and --weights")
     mu, sigma = mean_and_covariance(features.to(with_float64(device)))
     return {"n": len(features), "mu": mu, "sigma": sigma, "features": features, "colour": colours.mean(0).numpy()}
+
+
+def choose(total: int, num: int | None) -> list[int]:
+    """`num` of `total` indices in rising order, always the same ones; all of them where `num` is None."""
+    if num is None or num == total:
+        return list(range(total))
+    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
 
 
 def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
@@ -62,6 +72,42 @@ def refuse_mismatch(stats: dict, metadata: dict, path: Path) -> None:
                 f"{name} is {stats[name]} in {path} and {metadata[name]} on the other side: such a distance means "
                 "nothing; measure both sides alike"
             )
+
+
+def note_unknown(known: Iterable[tuple[dict, Path]]) -> None:
+    """Say which of the files of statistics, pairs (statistics, path), do not say how they were measured."""
+    for stats, path in known:
+        if "network" not in stats and is_first_rank():
+            message = f"{path} does not say how it was measured: make sure that both sides were measured alike"
+            print(f"note: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- .npz of statistics
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether the file `path` is an .npz of statistics, and not of images. False for a folder.
+
+    The content decides, not the name. Raises UserError for other files. Whether the arrays are whole is for
+    load_statistics() and NpzImages to say.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except OSError as error:
+        raise UserError(f"{printable(path)} cannot be read ({error.strerror}); give another") from None
+    except Exception:  # zipfile raises many kinds on damaged files
+        kind, advice = describe(path)
+        raise UserError(f"{printable(path)} is {kind or 'neither a folder nor a whole .npz'}; "
+                        f"{advice or 'give a folder of images, or an .npz of images or of mu and sigma'}") from None
+    if {"mu.npy", "sigma.npy"} <= names:
+        return True
+    if "arr_0.npy" in names:
+        return False
+    raise UserError(f"{printable(path)} holds neither statistics (mu and sigma) nor images (arr_0); give a folder of "
+                    "images, unzipped, or an .npz of these")
 
 
 def save_statistics(stats: dict, path: Path) -> None:
@@ -75,8 +121,6 @@ def load_statistics(path: Path) -> dict:
 
     Reads files of this repository, pytorch-fid and TTUR. The others have no metadata.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a folder of images or an .npz of statistics")
     try:
         with np.load(path, allow_pickle=False) as content:
             stats = {name: content[name] for name in content if name in FIELDS}
@@ -89,16 +133,6 @@ def load_statistics(path: Path) -> dict:
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
     return {"dims": len(stats["mu"])} | stats
-
-
-def load_comparable(path: Path, metadata: dict) -> dict:
-    """load_statistics() of a file that was measured as `metadata` says, with a note where the file does not say it."""
-    stats = load_statistics(path)
-    refuse_mismatch(stats, metadata, path)
-    if "network" not in stats and is_first_rank():
-        message = f"{path} does not say how it was measured: make sure that both sides were measured alike"
-        print(f"note: {message}", file=sys.stderr)
-    return stats
 
 
 def check_statistics(stats: dict) -> None:
@@ -120,30 +154,28 @@ def check_statistics(stats: dict) -> None:
         raise ValueError("n, mu and the features do not fit each other")
 
 
-def fingerprint(paths: Sequence[Path], root: str | Path) -> str:
-    """SHA-256 (hex) of the names below `root`, sizes and modification times of files. It changes with the data."""
-    digest = hashlib.sha256()
-    for path in paths:
-        info = path.stat()
-        entry = f"{path.relative_to(root).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n"
-        digest.update(os.fsencode(entry))  # names may not be UTF-8
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------- the cache
 
 
-def cache_path(folder: Path, paths: Sequence[Path], root: Path, metadata: dict) -> Path:
-    """The file in the cache `folder` for the statistics of `paths` below `root`, measured as `metadata` says."""
-    key = json.dumps([fingerprint(paths, root), metadata, READING], sort_keys=True)
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+def cached(folder: Path, paths: Sequence[Path], metadata: dict, measure: Callable[[], dict]) -> dict:
+    """The statistics of the images in the files `paths`, which the cache `folder` keeps, or what measure() returns.
 
-
-def cached(path: Path, measure: Callable[[], dict]) -> dict:
-    """The statistics in the cache file `path`. Where it is missing or damaged, measures and writes them."""
-    first = is_first_rank()
-    stats = gather(read_cache(path) if first else None)[0]
+    The cache knows files by their whole content, and the measurement by its `metadata`.
+    """
+    stats = None
+    if is_first_rank():
+        try:
+            contents = [hash_file(path) for path in dict.fromkeys(paths)]
+        except OSError as error:
+            raise UserError(f"{printable(error.filename)} cannot be read ({error.strerror}); remove it") from None
+        key = json.dumps([contents, len(paths), metadata, READING], sort_keys=True)
+        cache = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        stats = read_cache(cache)
+    stats = gather(stats)[0]
     if not stats:
         stats = measure()
-        if first:
-            write_cache(stats, path)
+        if is_first_rank():
+            write_cache(stats, cache)
     return stats
 
 
@@ -165,11 +197,7 @@ def write_cache(stats: dict, path: Path) -> None:
         print(f"warning: the statistics are not kept for next time ({problem})", file=sys.stderr)
 
 
-def choose(total: int, num: int | None) -> list[int]:
-    """`num` of `total` indices in rising order, always the same ones; all of them where `num` is None."""
-    if num is None or num == total:
-        return list(range(total))
-    return sorted(np.random.default_rng(0).choice(total, num, replace=False).tolist())
+# ---------------------------------------------------------------------------------------------- .npz of images
 
 
 class NpzImages:
@@ -191,7 +219,8 @@ class NpzImages:
             raise UserError(f"{printable(path)} holds no images; give another file")
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
         self.image_size = self.images.shape[-1]
-        self.root, self.paths = path.parent, [path] * len(self.images)  # for the fingerprint of the cache
+        self.root = path
+        self.paths = [path] * len(images)  # of the file of each image
 
     def __len__(self) -> int:
         return len(self.images)
@@ -201,9 +230,3 @@ class NpzImages:
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.stack([self[index] for index in indices])
-
-
-@lru_cache(maxsize=2)  # the real and the generated images
-def read_npz_images(path: Path, mtime_ns: int) -> NpzImages:
-    """The images in the .npz `path`. Reads it once in a run, and again after it has changed at `mtime_ns`."""
-    return NpzImages(path)

@@ -3,15 +3,16 @@
     from support.files import UserError, atomic_write
     with atomic_write("faces.png") as file:
         file.write(png)
-    lock = open_outdir(args.outdir, args.resume)
+    lock = open_outdir(args.outdir, args.resume)            # the folder of a training
+    make_outdir(args.outdir, paths, args.overwrite)         # a folder of faces
 """
 
-import argparse
 import errno
 import hashlib
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,9 +23,9 @@ OVERWRITE_HELP = "replace output files that exist"  # of --overwrite, which has 
 ADVICE = {errno.ENOSPC: "free some space and run the same command again", errno.ENAMETOOLONG: "shorten its name"}
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest first
 TRAINED = Path("runs/64/generator.params")
-PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "generator_64.params"
+PRETRAINED = ROOT / "pretrained" / "generator_64.params"
 PARAMS_REMEDY = "make one with `python train.py`, or pass another to --params"
-LATENTS_REMEDY = "make one with --project"
+WEIGHTS_NOTE = "weights.sha256"  # in a folder of faces
 
 
 class UserError(Exception):
@@ -80,29 +81,6 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def refuse_existing(targets: Iterable[Path], overwrite: bool, flag: str) -> None:
-    """Raise UserError when an output of `flag` exists without `overwrite`, or is a folder, before any work is done."""
-    for path in targets:
-        if path.is_dir():
-            raise UserError(f"{printable(path)} is a folder; choose another {flag}")
-        if not overwrite and os.path.lexists(path):
-            raise UserError(f"{printable(path)} exists; choose another {flag}, or pass --overwrite to replace it")
-
-
-def check_outputs(targets: dict[str, Path | None], overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless each path of `targets`, by its flag, can become a file that replaces no input."""
-    named = {flag: path for flag, path in targets.items() if path}
-    for flag, path in named.items():
-        refuse_existing([path], overwrite, flag)
-        if not path.parent.is_dir():
-            raise UserError(f"there is no folder {printable(path.parent)} for {flag} {printable(path.name)}; make it")
-        if any(other and other.exists() and path.exists() and path.samefile(other) for other in inputs):
-            raise UserError(f"{flag} {printable(path)} is an input of the same command; choose another {flag}")
-        same = next(other for other in named if named[other].resolve() == path.resolve())
-        if same != flag:
-            raise UserError(f"{same} and {flag} both write {printable(path)}; choose another {flag}")
-
-
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = False):
     """Yield a binary file that replaces `path` when the block ends without an exception, and vanishes otherwise.
@@ -131,9 +109,7 @@ def atomic_write(path: str | Path, durable: bool = False):
             temp.unlink(missing_ok=True)
 
 
-def default_params() -> Path:
-    """The generator that train.py made here. If there is none, the pretrained one."""
-    return TRAINED if TRAINED.exists() or not PRETRAINED.exists() else PRETRAINED
+# --------------------------------------------------------------------------------------------- the folder of a training
 
 
 def name_last_checkpoint(outdir: Path) -> str:
@@ -181,39 +157,58 @@ def lock_file(file: TextIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def face_targets(args: argparse.Namespace, names: Iterable[int | str]) -> tuple[list[Path], Path | None, Path | None]:
-    """Paths of the faces of these seeds or names, of the grid and of the morph, None where a flag is missing."""
-    paths = [args.outdir / (f"{name:08d}.png" if isinstance(name, int) else f"{name}.png") for name in names]
-    grid = path_next_to(args.outdir, "_grid.png") if args.grid else None
-    animation = path_next_to(args.outdir, "_interpolation.gif") if args.interpolate else None
-    refuse_existing([*paths, *filter(None, (grid, animation))], args.overwrite, "--outdir")
-    return paths, grid, animation
+# ------------------------------------------------------------------------------------------------ outputs of a command
 
 
-def arithmetic_target(args: argparse.Namespace) -> Path:
-    """Path of the picture of a sum."""
-    path = path_next_to(args.outdir, "_arithmetic.png")
-    refuse_existing([path], args.overwrite, "--outdir")
-    return path
+def refuse_existing(targets: Iterable[Path], overwrite: bool, flag: str) -> None:
+    """Raise UserError when an output of `flag` exists without `overwrite`, or is a folder, before any work is done."""
+    for path in targets:
+        if path.is_dir():
+            raise UserError(f"{printable(path)} is a folder; choose another {flag}")
+        if not overwrite and os.path.lexists(path):
+            raise UserError(f"{printable(path)} exists; choose another {flag}, or pass --overwrite to replace it")
 
 
-def page_target(args: argparse.Namespace) -> Path:
-    """Path of the HTML page."""
-    check_outputs({"--page": args.page}, args.overwrite, [args.params, *(args.latents or ())])
-    return args.page
+def check_outputs(targets: dict[str, Path | None], overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError unless each path of `targets`, by its flag, can become a file that replaces no input."""
+    named = {flag: path for flag, path in targets.items() if path}
+    for flag, path in named.items():
+        refuse_existing([path], overwrite, flag)
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder {printable(path.parent)} for {flag} {printable(path.name)}; make it")
+        if any(other and other.exists() and path.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"{flag} {printable(path)} is an input of the same command; choose another {flag}")
+        same = next(other for other in named if named[other].resolve() == path.resolve())
+        if same != flag:
+            raise UserError(f"{same} and {flag} both write {printable(path)}; choose another {flag}")
 
 
-def projection_targets(args: argparse.Namespace) -> list[list[Path]]:
-    """Paths of the latents and of the one or two pictures of each photo, which must exist."""
-    for photo in filter(None, (*args.project, args.mask)):
-        if not photo.exists():
-            raise UserError(f"{printable(photo)} cannot be read (it does not exist); give an image")
-    endings = (".latents", "_projected.png", *["_completed.png"] * bool(args.mask))
-    targets = [[args.outdir / f"{path.stem}{ending}" for ending in endings] for path in args.project]
-    if len({target[0] for target in targets}) < len(targets):
-        raise UserError("--project: two photos have the same name without its ending; rename one")
-    refuse_existing([path for paths in targets for path in paths], args.overwrite, "--outdir")
-    return targets
+def make_outdir(outdir: Path, targets: Iterable[Path], overwrite: bool) -> None:
+    """Make the folder --outdir of the pictures `targets`. Raises UserError when one exists, without `overwrite`."""
+    refuse_existing(targets, overwrite, "--outdir")
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --outdir {printable(outdir)} ({error.strerror}); choose another") from None
+
+
+def note_weights(outdir: Path, params: Path, faces: Iterable[Path]) -> None:
+    """Note the SHA-256 of the weights `params`, which draw `faces`, in the folder of faces `outdir`.
+
+    Prints a warning when pictures of other weights stay there: evaluate.py would measure the mixture.
+    """
+    note = outdir / WEIGHTS_NOTE
+    digest = hash_file(params)
+    stay = set(outdir.glob("*.png")).difference(faces)
+    try:
+        before = note.read_text(errors="replace").split() if stay and note.is_file() else []
+    except OSError as error:
+        raise cannot_write(note, error) from error
+    if set(before) - {digest}:
+        print(f"warning: {printable(outdir)} keeps faces of other weights; a FID of it would be one of the mixture; "
+              "choose another --outdir", file=sys.stderr)
+    with atomic_write(note) as file:
+        file.write("".join(f"{line}\n" for line in dict.fromkeys([*before, digest])).encode())
 
 
 def path_next_to(outdir: Path, ending: str) -> Path:

@@ -23,11 +23,22 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from support.devices import DTYPES
-from support.file_kinds import PYTORCH, describe
+from support.devices import DTYPES, full_float32
 from support.files import UserError, hash_file
-from support.inception_choices import CLASSES, DEFAULT_RESIZE, LAST_LAYER, MEGABYTES, URLS, check_weights
 from support.weights import add_counters, check_tensors, find_networks, load_tensors
+
+LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # by number of features
+URLS = {
+    "torchvision": "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
+    "tf2015": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+}
+MEGABYTES = {"torchvision": 104, "tf2015": 91}
+CLASSES = {"torchvision": 1000, "tf2015": 1008}  # all other shapes are the same in both
+# The resizes of published numbers: TensorFlow's graph (TTUR, StyleGAN, torch-fidelity) includes one, and users of
+# torchvision's network resize with PyTorch.
+DEFAULT_RESIZE = {"torchvision": "bilinear", "tf2015": "tf"}
+RESIZES = ("bilinear", "tf", "clean")
 
 
 class Features(nn.Module):
@@ -39,17 +50,17 @@ class Features(nn.Module):
     def __init__(self, layers: OrderedDict, resize: str, centre: float):
         super().__init__()
         self.layers = nn.Sequential(layers)
-        self.resize, self.centre = resize, centre
+        self.resize = resize
+        self.centre = centre
 
+    @full_float32()
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N,3,S,S) -> float32 (N,dims)."""
         rows = resize_matrix(images.shape[-1], self.resize).to(images.device)
         x = (rows @ images.float() @ rows.T).clamp_(0, 255)  # bicubic overshoots
         x = x.sub_(self.centre).div_(self.centre).to(next(self.parameters()).dtype)
-        # By default cuDNN rounds the factors of a float32 product to ten bits (TF32).
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = self.layers(x.contiguous(memory_format=torch.channels_last))
+        x = self.layers(x.contiguous(memory_format=torch.channels_last))
         return x.float().mean((2, 3))
 
 
@@ -80,10 +91,10 @@ def load_inception(
     Returns (network, metadata). The metadata (network, dims, resize, dtype, hash of the weights) identifies statistics.
     Raises UserError when the weights cannot be downloaded or are not those of this Inception-v3.
     """
-    path, resize = Path(weights or find_weights(name)), resize or DEFAULT_RESIZE[name]
-    check_weights(path)
-    digest = hash_weights(path)
+    path = Path(weights or find_weights(name))
+    resize = resize or DEFAULT_RESIZE[name]
     layers = load_layers(name, dims, path)
+    digest = hash_weights(path)
     centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5
     features = Features(layers, resize, centre).to(device, DTYPES[precision], memory_format=torch.channels_last)
     metadata = {"network": name, "dims": dims, "resize": resize, "dtype": precision, "weights_sha256": digest}
@@ -175,13 +186,9 @@ def find_weights(name: str) -> Path:
 
 def hash_weights(path: Path) -> str:
     """SHA-256 (hex) of a weights file. Raises UserError when the file's name promises another one."""
-    try:
-        digest = hash_file(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); pass another to --weights") from None
+    digest = hash_file(path)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.startswith(named[1]):
-        kind = describe(path)
-        found = f"its SHA-256 begins {digest[:8]}" if kind in ("", PYTORCH) else f"it is {kind}"
-        raise UserError(f"{path} is not what its name says: {found}; get it again, or pass another to --weights")
+        raise UserError(f"{path} is not what its name says: its SHA-256 begins {digest[:8]}; get it again, or pass "
+                        "another to --weights")
     return digest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.files import LATENTS_REMEDY, UserError
+from support.files import UserError
 from support.weights import load_tensors
 
 FRAMES = 24  # of the morph from one latent to the next
@@ -53,13 +53,14 @@ def read_latents(paths: Sequence[Path], nz: int) -> dict[str, torch.Tensor]:
     """{name: latent (nz,1,1)} of the files that --project writes. Raises UserError for others, and for another nz."""
     named = {}
     for path in paths:
-        z = load_tensors(path, LATENTS_REMEDY).get("latents")
+        z = load_tensors(path, "make one with --project").get("latents")
         if not isinstance(z, torch.Tensor) or z.shape[2:] != (1, 1) or not z.is_floating_point() or not len(z):
             raise UserError(f"{path} holds no latents (N,nz,1,1); make a file of them with --project")
         if not z.isfinite().all():
             raise UserError(f"{path} holds NaN or infinite values; make it again with --project")
         if z.shape[1] != nz:
-            raise UserError(f"{path} holds latents of length {z.shape[1]}, but the generator takes {nz}; give others")
+            raise UserError(f"{path} holds latents of length {z.shape[1]}, but the generator takes {nz}; project the "
+                            "photo with this generator, or pass the other one to --params")
         for i, latent in enumerate(z.float()):
             name = path.stem + (f"_{i}" if len(z) > 1 else "")
             if name in named:

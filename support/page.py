@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import atomic_write, page_target, printable
+from support.files import atomic_write, check_outputs, printable
 from support.latent_space import read_latents
 from support.seeding import latents
 
@@ -22,7 +22,8 @@ BLOCK = 8  # columns of a weight matrix that the page's multiply() computes toge
 
 def draw_page(args: argparse.Namespace, netG: nn.Module) -> str:
     """The page of generator.py's --page: the faces of --latents, then those of --seeds."""
-    path = page_target(args)
+    path = args.page
+    check_outputs({"--page": path}, args.overwrite, [args.params, *(args.latents or ())])
     named = read_latents(args.latents or (), netG.nz)
     seeds = zip((f"seed {seed}" for seed in args.seeds), latents(args.seeds, netG.nz))
     write_page(path, netG, [*named.items(), *seeds], args.params.name)

@@ -50,7 +50,7 @@ def read_photo(path: Path, size: int, mask: Path | None = None) -> tuple[torch.T
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of uint8 images; infinite for equal ones."""
-    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
+    return float(10 * torch.log10(255**2 / (a.cpu().double() - b.cpu().double()).square().mean()))
 
 
 @torch.inference_mode()
@@ -80,19 +80,22 @@ def project(
 
     candidates = latents(range(CANDIDATES), netG.nz).flatten(1).to(photo.device)
     distances = torch.cat([errors(part).square().sum(1) for part in candidates.split(128)])
-    z, damping = candidates[distances.argmin()], 1e-2
+    z = candidates[distances.argmin()]
+    damping = 1e-2
     for iteration in range(ITERATIONS):
         prior = PRIOR / netG.nz * max(1, 10 ** (1 - iteration / 8))
         at = errors(z[None])[0]
         jacobian = (errors(z + STEP * axes) - at) / STEP  # (nz,M)
-        gradient, curvature = jacobian @ at + prior * z, jacobian @ jacobian.T + prior * axes
+        gradient = (jacobian @ at + prior * z).cpu()  # a system of nz equations is solved on the CPU: MPS cannot
+        curvature = (jacobian @ jacobian.T + prior * axes).cpu()
+        damped = curvature.diagonal().mean() * torch.eye(netG.nz)
         dampings = [0, damping / 10, damping, damping * 10]
-        scale = curvature.diagonal().mean()
-        steps = [torch.linalg.solve(curvature + value * scale * axes, gradient) for value in dampings[1:]]
-        trials = torch.stack([z, *(z - step for step in steps)])
+        steps = [torch.linalg.solve(curvature + value * damped, gradient) for value in dampings[1:]]
+        trials = torch.stack([z, *(z - step.to(z.device) for step in steps)])
         costs = errors(trials).square().sum(1) + prior * trials.square().sum(1)
         best = int(costs.nan_to_num(torch.inf).argmin())
-        z, damping = trials[best], min(max(dampings[best] or damping * 100, 1e-7), 1e4)
+        z = trials[best]
+        damping = min(max(dampings[best] or damping * 100, 1e-7), 1e4)
         progress()
     return z[None, :, None, None].cpu()
 
@@ -103,11 +106,15 @@ def complete(photo: torch.Tensor, face: torch.Tensor, hole: torch.Tensor) -> tor
     Inside the hole the differences between neighbouring pixels are those of the face, and its border has the colours
     of the photo (Perez, Gangnet, Blake, "Poisson Image Editing", 2003). All other pixels stay as they are.
     """
-    photo, face, hole = photo.clone(), face.double().numpy(), hole.numpy()
-    known, count = photo.double().numpy(), hole.sum()
+    photo = photo.clone()
+    hole = hole.numpy()
+    count = hole.sum()
+    face = face.cpu().double().numpy()
+    known = photo.cpu().double().numpy()
     number = np.full(hole.shape, -1)
     number[hole] = np.arange(count)
-    matrix, right = scipy.sparse.lil_matrix((count, count)), np.zeros((count, 3))
+    matrix = scipy.sparse.lil_matrix((count, count))
+    right = np.zeros((count, 3))
     for row, (y, x) in enumerate(zip(*hole.nonzero())):
         for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
             if not (0 <= v < len(hole) and 0 <= u < len(hole)):

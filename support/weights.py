@@ -7,17 +7,23 @@
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from support.file_kinds import PYTORCH, describe, read_pickle, require_pytorch_file
 from support.files import UserError, atomic_write, printable
 
-# What the pickle of plain tensors and data names.
-PLAIN = r"torch\.(\w+|_\w+\..+|storage\..+|nn\.parameter\..+)|collections\..+"
-PLAIN += r"|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
+# What people pass instead of a file of weights: the first bytes, and what to do with it ("" where the caller says it).
+FILE_KINDS = {
+    "an empty file": (rb"\Z", ""),
+    "a git-lfs pointer": (rb"version https://git-lfs", "fetch the file itself with `git lfs pull`"),
+    "an HTML page": (rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b",
+                     "download the file itself, not the page that links to it"),
+    "a safetensors file": (rb".{5}\0\0\0\{",  # the length of a JSON header in 8 bytes, and the header
+                           "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`"),
+}
 
 
 def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
@@ -70,9 +76,11 @@ def find_generator(content: dict, path: str | Path, remedy: str) -> dict[str, to
     networks = find_networks(content, "main.0.weight")
     networks = {name: state for name, state in networks.items() if kernels_of(state)}
     generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
-    if generators.keys() == {"netG", "average"}:
-        print(f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params", file=sys.stderr)
-        return generators["average"]
+    for ema in ("netG_ema", "average"):  # older checkpoints have the second name
+        if generators.keys() == {"netG", ema}:
+            note = f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params"
+            print(note, file=sys.stderr)
+            return generators[ema]
     if len(generators) > 1:
         names = printable(", ".join(name or "one without a prefix" for name in generators))
         raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone, and pass that")
@@ -110,11 +118,14 @@ def add_counters(state: dict, expected: dict) -> dict:
 def load_tensors(path: str | Path, remedy: str) -> dict:
     """Read a dictionary that torch.save wrote, on the CPU and with weights_only=True.
 
-    Raises UserError, one sentence that says what to do, when the file is missing or damaged, when it is of another
-    kind, when it holds anything but plain data and tensors, or when a tensor claims more elements than the file has.
+    Raises UserError, one sentence that says what to do, when the file is missing, damaged or of another kind, when it
+    holds anything but plain data and tensors, or when a tensor claims more elements than the file has.
     """
     path = Path(path)
-    require_pytorch_file(path, remedy)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a state dict of PyTorch; give the file of weights in it")
+    if not path.is_file():  # a pipe is no file: reading it would wait for ever
+        raise UserError(f"{path} does not exist; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,19 +144,35 @@ def load_tensors(path: str | Path, remedy: str) -> dict:
 
 
 def explain_failure(path: Path, error: Exception, remedy: str) -> UserError:
-    """One sentence for a `path` that torch.load refused with `error`: what the file holds, and what to do."""
-    try:
-        called, strings = read_pickle(path) if describe(path) == PYTORCH else ([], set())
-    except Exception:  # a damaged zip
-        called, strings = [], set()
-    foreign = [printable(name)[:100] for name in called if not re.fullmatch(PLAIN, name)]
-    if foreign and {"_modules", "_parameters"} <= strings:
-        how = "load it where its code is, and save its weights with `torch.save(MODULE.state_dict(), NEW)`"
-        return UserError(f"{path} holds a pickled module ({foreign[0]}), not a state dict; {how}")
-    if foreign:
-        how = "load it where its code is, and save the state dict alone"
-        return UserError(f"{path} holds Python objects ({foreign[0]}), not only tensors, and could run code; {how}")
+    """One sentence for a `path` that torch.load refused with `error`: what the file is, and what to do."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{path} cannot be read ({error.strerror}); {remedy}")
+    kind, advice = describe(path)
+    if kind:
+        return UserError(f"{path} is {kind}, not a state dict of PyTorch; {advice or remedy}")
+    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+        how = "load it where its code is, and save the tensors alone with `torch.save(MODULE.state_dict(), NEW)`"
+        return UserError(f"{path} holds Python objects ({printable(foreign[1])[:100]}), not only tensors; {how}")
     return UserError(f"{path} is damaged or not a PyTorch file of plain tensors ({type(error).__name__}); {remedy}")
+
+
+def describe(path: Path) -> tuple[str, str]:
+    """What a file that is no state dict is, such as "an HTML page", and what to do with it. Empty where unknown."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    for kind, (pattern, advice) in FILE_KINDS.items():
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            return kind, advice
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # no zip, or a damaged one: zipfile raises many kinds
+        return "", ""
+    if any(re.fullmatch(r"[^/]+/(constants\.pkl|code/.*)", name) for name in names):
+        return "a TorchScript archive", "save its weights with `torch.save(torch.jit.load(OLD).state_dict(), NEW)`"
+    if any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
+        return "", ""
+    return "a zip of other files", "unzip it and give the file of weights in it"
 
 
 def save_tensors(content: dict[str, torch.Tensor], path: Path) -> None:

@@ -12,11 +12,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 
 from support.files import UserError
@@ -68,7 +69,7 @@ def work_on(item: object) -> object:
 
 
 def iterate_in_processes(
-    work: Callable, items: Sequence, workers: int, remedy: str, ahead: int | None = None
+    work: Callable, items: Iterable, workers: int, remedy: str, ahead: int | None = None
 ) -> Iterator:
     """Yield work(item) of each item, in order. `workers` processes compute up to `ahead` results in advance.
 
@@ -79,7 +80,7 @@ def iterate_in_processes(
     pool, coming = None, deque()
     if workers and items:
         with suppress(OSError):
-            number = min(workers, len(items), MAX_WORKERS)
+            number = min(workers, length_hint(items, workers), MAX_WORKERS)
             pool = ProcessPoolExecutor(number, initializer=start_worker, initargs=(work,))
     if pool is None:
         yield from map(work, items)

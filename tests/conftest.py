@@ -106,6 +106,14 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
+def tf32():
+    """TF32 for matrix products, as NVIDIA's containers switch it on. cuDNN uses it for convolutions by default."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
 def run_evaluate(dataroot, weights, capsys):
     """Runs evaluate.py's main() with random weights and 64 dimensions; returns stdout and stderr."""
 

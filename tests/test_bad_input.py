@@ -9,7 +9,9 @@ from helpers import SMALL, jpeg
 from PIL import Image
 
 import evaluate
+import generator
 import network
+import train
 from support.files import UserError
 
 # ---------------------------------------------------------------------------------------------- preprocess.py
@@ -55,6 +57,25 @@ def test_preprocess_refuses_bad_partitions(tmp_path, run_script, refused, text, 
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.fixture
+def refuses(tmp_path, monkeypatch, capsys):
+    """Asserts that a script's main() ends with one sentence that holds `words`, in this process."""
+
+    def check(script, flags, words):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises((UserError, SystemExit)) as error:
+            script.main([*map(str, flags)])
+        message = str(error.value)
+        if message == "2":  # the exit code of argparse, which prints its message
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert "error: " in message
+        assert "\n" not in message
+        for word in words:
+            assert word in message, message
+
+    return check
+
+
 # ---------------------------------------------------------------------------------------------- train.py
 
 
@@ -72,8 +93,8 @@ def test_preprocess_refuses_bad_partitions(tmp_path, run_script, refused, text, 
     (("--seed", "9" * 30), ["--seed", "too large"]),
     (("--eval-every", "1", "--eval-flags", "--weights 'w"), ["--eval-flags"]),
 ])
-def test_train_refuses_bad_input(dataroot, run_script, refused, flags, words):
-    refused(run_script("train.py", *SMALL, "--dataroot", dataroot, *flags), *words)
+def test_train_refuses_bad_input(dataroot, refuses, flags, words):
+    refuses(train, [*SMALL, "--dataroot", dataroot, *flags], words)
 
 
 # ---------------------------------------------------------------------------------------------- generator.py
@@ -86,49 +107,25 @@ def test_train_refuses_bad_input(dataroot, run_script, refused, flags, words):
     (("--device", "meta"), ["--device", "meta"]),
     (("--outdir", "generator.params/x"), ["--outdir"]),
 ])
-def test_generator_refuses_bad_input(tmp_path, run_script, refused, flags, words):
+def test_generator_refuses_bad_input(tmp_path, refuses, flags, words):
     torch.save(network.Generator(16, 8).state_dict(), tmp_path / "generator.params")
-    refused(run_script("generator.py", "--params", "generator.params", *flags), *words)
+    refuses(generator, ["--params", tmp_path / "generator.params", *flags], words)
 
 
 # ---------------------------------------------------------------------------------------------- evaluate.py
 
 
-@pytest.fixture
-def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
-    """Asserts one sentence that holds `words`. Runs in this process: a new one takes seconds to import torch."""
-
-    def check(flags, words):
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises((UserError, SystemExit)) as error:
-            evaluate.main(["--inception", "tf2015", "--dims", "64", "--weights", str(weights), *flags])
-        message = str(error.value)
-        if message == "2":  # the exit code of argparse, which prints its message
-            message = capsys.readouterr().err.splitlines()[-1]
-            assert "error: " in message
-        assert "\n" not in message
-        for word in words:
-            assert word in message, message
-
-    return check
-
-
 @pytest.mark.parametrize("flags, words", [
-    (("--params", "nowhere"), ["nowhere", "train.py"]),
     (("--params", "bad.npz"), ["bad.npz", "damaged"]),
-    (("--images", "nowhere"), ["nowhere", "preprocess.py"]),
     (("--images", "empty"), ["empty", "no images"]),
     (("--images", "mixed", "--real", "two"), ["b.png is 32x32"]),
     (("--images", "broken", "--real", "two"), ["a.png", "cannot be read"]),
     (("--images", "one"), ["64", "test", "preprocess.py"]),
-    (("--images", "one", "--weights", "nowhere"), ["--weights nowhere does not exist"]),
-    (("--images", "one", "--dataroot", "nowhere"), ["no folder nowhere", "preprocess.py"]),
+    (("--images", "one", "--dataroot", "nowhere"), ["no folder nowhere/64/test", "preprocess.py"]),
     (("--images", "one", "--real", "one"), ["1 images"]),
     (("--images", "one", "--real", "two", "--num", "9"), ["--num is 9", "1 images"]),
     (("--images", "one", "--real", "small"), ["resolution is 32"]),
-    (("--images", "one", "--real", "no.npz"), ["no.npz"]),
     (("--images", "one", "--real", "bad.npz"), ["bad.npz", "mu and sigma"]),
-    (("--images", "one", "--real", "one", "--weights", "nowhere"), ["--weights nowhere"]),
     (("--images", "one", "--json", "bad.npz"), ["bad.npz exists"]),
     (("--images", "one", "--json", "no/r.json"), ["no folder no"]),
     (("--images", "one", "--real", "one", "--neighbours", "n.png"), ["--neighbours", "train"]),
@@ -136,7 +133,7 @@ def evaluate_refuses(weights, tmp_path, monkeypatch, capsys):
     (("--images", "one", "--neighbours", "n.gif"), [".png"]),
     (("--images", "one", "--real", "one", "--device", "cuda:7"), ["--device cuda:7"]),
 ])
-def test_evaluate_refuses_bad_input(evaluate_refuses, tmp_path, flags, words):
+def test_evaluate_refuses_bad_input(refuses, weights, tmp_path, flags, words):
     for folder in ("data", "empty", "one", "two", "small", "mixed", "broken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "bad.npz").write_text("no archive")
@@ -145,11 +142,13 @@ def test_evaluate_refuses_bad_input(evaluate_refuses, tmp_path, flags, words):
     for name in ("one/a.png", "two/a.png", "two/b.png", "mixed/a.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     Image.new("RGB", (32, 32)).save(tmp_path / "mixed" / "b.png")
-    evaluate_refuses(flags, words)
+    refuses(evaluate, ["--inception", "tf2015", "--dims", "64", "--weights", weights, *flags], words)
 
 
-def test_evaluate_refuses_bad_input_as_a_script(run_script, refused):
-    refused(run_script("evaluate.py", "--params", "runs/64/generator.params"), "runs/64/generator.params", "train.py")
+@pytest.mark.parametrize("command", ["generator.py", "evaluate.py --dataroot nowhere", "train.py --dataroot nowhere"])
+def test_scripts_print_one_sentence(tmp_path, run_script, refused, command):
+    (tmp_path / "faces").touch()
+    refused(run_script(*command.split()), "faces" if "generator" in command else "no folder nowhere")
 
 
 # ---------------------------------------------------------------------------------------------- damaged input

@@ -13,7 +13,10 @@ import torch
 from helpers import PROGRAMS, ROOT, run_python, start, wait_for
 from PIL import Image
 
+import evaluate
+import generator
 import network
+from support.cli import user_path
 from support.training_log import next_commands
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
@@ -45,16 +48,9 @@ def shell(tmp_path):
 
 @pytest.fixture
 def run_without_torch(tmp_path):
-    """Runs a script where `import torch` fails. The folder holds photo.png, run/checkpoint.pt, page.pth and data/."""
+    """Runs a script where `import torch` fails."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "torch.py").write_text("raise ImportError('torch was imported')")
-    for folder in ("data", "run", "faces", "64"):
-        (tmp_path / folder).mkdir()
-    Image.new("RGB", (64, 64)).save(tmp_path / "faces" / "00000007.png")
-    (tmp_path / "run" / "checkpoint.pt").write_text("")
-    (tmp_path / "run" / "00000007.latents").write_text("")
-    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    shutil.copytree(tmp_path / "faces", tmp_path / "64" / "train")
     return lambda script, *flags: run_python(
         ROOT / f"{script}.py", *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path / "hidden")
     )
@@ -68,32 +64,39 @@ def test_help_needs_no_torch(run_without_torch, script):
 
 @pytest.mark.parametrize("command, words", [
     ("preprocess nowhere", "nowhere does not exist"),
-    ("generator --seeds 5-3", "--seeds: '5-3'"),
-    ("generator --seeds 1 --params nowhere", "nowhere does not exist; make one with `python train.py`"),
-    ("generator --seeds 1 --params page.pth", "page.pth is an HTML page"),
-    ("generator --seeds 0-9", "00000007.png exists"),
-    ("generator --latents page.pth", "page.pth is an HTML page"),
-    ("generator --page page.pth", "page.pth exists; choose another --page"),
-    ("generator --page a.html --grid", "--page writes one file alone"),
-    ("generator --page a.html --arithmetic 1", "--page go with --seeds or --latents"),
-    ("generator --project nowhere.jpg", "nowhere.jpg cannot be read"),
-    ("generator --project faces/00000007.png --outdir run", "00000007.latents exists"),
-    ("generator --arithmetic 1+2", "--arithmetic: '1+2'"),
-    ("evaluate --params nowhere", "nowhere does not exist"),
-    ("evaluate --images nowhere", "no folder nowhere"),
-    ("evaluate --images none.npz", "none.npz does not exist"),
-    ("evaluate --images faces --real run", "run holds no images"),
-    ("evaluate --dataroot nowhere", "no folder nowhere; make the crops"),
-    ("evaluate --weights nowhere", "--weights nowhere does not exist"),
-    ("evaluate --json page.pth", "page.pth exists"),
-    ("evaluate --neighbours n.gif", "--neighbours draws a .png"),
+    ("generator --params nowhere", "argument --params: nowhere does not exist; make one with `python train.py`"),
+    ("generator --project nowhere", "argument --project: nowhere does not exist; give an image"),
+    ("evaluate --images nowhere", "argument --images: nowhere does not exist; give a folder of images, or an .npz"),
     ("train --lr fast", "argument --lr"),
-    ("train", "no folder data/64/train; make the crops"),
-    ("train --dataroot . --outdir run", "run holds a training; go on by --resume"),
-    ("train --dataroot . --outdir faces --resume", "no checkpoint in faces"),
 ])
-def test_refusals_need_no_torch(run_without_torch, refused, command, words):
+def test_a_mistyped_path_needs_no_torch(run_without_torch, refused, command, words):
     refused(run_without_torch(*command.split()), words)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (generator, ["--seeds", "5-3"]), (generator, ["--arithmetic", "1+2"]), (generator, ["--latents", "nowhere"]),
+    (generator, ["--project", "here", "--mask", "nowhere"]), (evaluate, ["--params", "nowhere"]),
+    (evaluate, ["--real", "nowhere"]), (evaluate, ["--weights", "nowhere"]), (evaluate, ["--neighbours", "n.gif"]),
+])
+def test_flags_that_are_refused_as_they_are_parsed(tmp_path, monkeypatch, capsys, script, flags):
+    monkeypatch.chdir(tmp_path)
+    Path("here").touch()
+    with pytest.raises(SystemExit):
+        script.parse_args(flags)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in message and flags[-2] in message
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """No shell replaces it in `--dataroot=~/faces`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "faces").mkdir()
+    args = evaluate.parse_args(["--dataroot=~/data", "--images=~/faces", "--json=~/r.json", "--save-stats=~/s"])
+    assert (args.dataroot, args.images) == (tmp_path / "data", tmp_path / "faces")
+    assert (args.json, args.save_stats) == (tmp_path / "r.json", tmp_path / "s.npz")
+    assert generator.parse_args(["--outdir=~/a"]).outdir == tmp_path / "a"
+    assert str(user_path("~no-such-user/x")) == "~no-such-user/x"
 
 
 # ---------------------------------------------------------------------------------------------- encodings and names
@@ -133,7 +136,7 @@ def test_names_that_are_not_utf8(tmp_path, run_script, weights, params):
         done = run_script(*command)
         assert done.returncode == 0, (command, done.stderr)
     done = run_script("generator.py", "--params", f"{name}.none")
-    assert done.returncode == 1 and done.stderr.startswith("error: caf\\udce9.none does not exist")
+    assert done.returncode == 2 and "error: argument --params: caf\\udce9.none does not exist; make" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- closed streams
@@ -141,14 +144,29 @@ def test_names_that_are_not_utf8(tmp_path, run_script, weights, params):
 
 @posix
 @pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&- <&-", "| true", "2>&1 | true"])
-def test_closed_streams_do_not_stop_a_script(shell, params, tmp_path, redirection):
-    """Nobody reads what generator.py prints. It draws its faces, and exits with 0 and without a traceback."""
-    command = f'"$python" "$root/generator.py" --params g.params --seeds 0-2 {redirection}'
-    done = shell(f"{command}; exit ${{PIPESTATUS[0]}}")
+def test_closed_streams_do_not_stop_a_script(shell, tmp_path, redirection):
+    """Nobody reads what it prints to both streams. It goes on to its end, and exits with 0 and without a traceback."""
+    (tmp_path / "program.py").write_text(
+        "import sys, time\n"
+        "from support.cli import run\n\n"
+        "def main():\n"
+        "    time.sleep(0.2)  # until the reader has gone\n"
+        "    for stream in (sys.stdout, sys.stderr):\n"
+        "        print('text', file=stream, flush=True)\n"
+        "    open('end', 'w')\n\n"
+        "run(main)\n"
+    )
+    done = shell(f'PYTHONPATH="$root" "$python" program.py {redirection}; code=${{PIPESTATUS[0]}}; ls end; exit $code')
+    assert done.returncode == 0 and "Error" not in done.stderr and "end" in done.stdout.split(), done.stderr
+
+
+@posix
+def test_generator_draws_its_faces_for_nobody(shell, params, tmp_path):
+    done = shell('"$python" "$root/generator.py" --params g.params --seeds 0-2 2>&1 | true; exit ${PIPESTATUS[0]}')
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
     faces = sorted((tmp_path / "faces").iterdir())
-    assert [path.name for path in faces] == ["00000000.png", "00000001.png", "00000002.png"]
-    for path in faces:
+    assert [path.name for path in faces] == ["00000000.png", "00000001.png", "00000002.png", "weights.sha256"]
+    for path in faces[:3]:
         with Image.open(path) as face:
             face.load()
 

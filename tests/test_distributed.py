@@ -101,7 +101,7 @@ def test_two_processes_share_the_faces_of_generator(tmp_path, capsys, monkeypatc
     printed = "5 faces of 64x64 from g.params in 1, grid in 1_grid.png, interpolation in 1_interpolation.gif\n"
     assert capsys.readouterr().out == printed and not other_stdout
     assert stdout == printed.replace("in 1", "in 2")
-    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in "12"]
+    names = [sorted(path.name for path in (tmp_path / folder).glob("*.png")) for folder in "12"]
     assert names[0] == names[1] and len(names[0]) == 5
     pairs = [(tmp_path / "1" / name, tmp_path / "2" / name) for name in names[0]]
     pairs += [(tmp_path / f"1_{name}", tmp_path / f"2_{name}") for name in ("grid.png", "interpolation.gif")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 
@@ -11,9 +12,10 @@ import torch
 from helpers import PROGRAMS
 from PIL import Image
 
+import evaluate
 import network
 from evaluate import make_scorer
-from support import comparison, feature_stats
+from support import comparison
 from support.files import UserError
 
 
@@ -25,28 +27,46 @@ def generator(tmp_path):
     return tmp_path / "g.params"
 
 
+def spy_on_measurements(monkeypatch):
+    """The list that receives the label of each measurement from now on."""
+    labels, measure = [], evaluate.measure_features
+
+    def spy(net, batches, total, label):
+        labels.append(label)
+        return measure(net, batches, total, label)
+
+    monkeypatch.setattr(evaluate, "measure_features", spy)
+    return labels
+
+
+def last_fid(out):
+    """The number in the last line."""
+    return float(re.search(r"Distance \(FID\): ([\d.]+) ", out.splitlines()[-1])[1])
+
+
 def test_folders_cache_json_and_statistics_files(run_evaluate, dataroot, tmp_path, monkeypatch):
     train, test = dataroot / "64" / "train", dataroot / "64" / "test"
     outputs = ("--json", tmp_path / "r.json", "--save-stats", tmp_path / "s.npz")
     out = run_evaluate("--images", train, "--real", test, *outputs)
     last = out.out.splitlines()[-1]
     result = json.loads((tmp_path / "r.json").read_text())
-    assert last == f"Fréchet Inception Distance (FID): {result['fid']:.4f}" and result["fid"] > 0
+    assert last.startswith(f"Fréchet Inception Distance (FID): {result['fid']:.4f} (tf2015, 64 features, ")
     assert result["n_fake"] == len(list(train.iterdir())) and result["floor"] == pytest.approx(result["fid"])
     assert result["resize"] == "tf" and result["dtype"] == "fp32" and result["flags"]["dims"] == 64
     assert {"kid", "precision", "recall", "n_floor", "versions"} <= result.keys()
     assert "fewer than the 64 dims" in out.err and "biases differ" in out.err
     assert "FID-64 " in out.out and "resize tf" in out.out and result["weights_sha256"][:16] in out.out
-    monkeypatch.setattr(feature_stats, "measure", None)  # the cache replaces every second measurement
+    labels = spy_on_measurements(monkeypatch)
     assert run_evaluate("--images", train).out == out.out
+    assert labels == [str(train)]  # statistics of generated images are not kept
     assert run_evaluate("--images", train, "--real", tmp_path / "s.npz").out.splitlines()[-1] == last
-    assert run_evaluate("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out.endswith("0.0000\n")
+    assert "(FID): 0.0000 (" in run_evaluate("--images", tmp_path / "s.npz", "--real", tmp_path / "s.npz").out
     with np.load(tmp_path / "s.npz") as stats:  # pytorch-fid and TTUR store only mu and sigma
         assert {"n", "resolution", "split", "network", "dims", "resize", "weights_sha256", "version"} <= set(stats)
         assert stats["split"] == "test" and stats["sigma"].dtype == np.float64
         np.savez(tmp_path / "bare.npz", mu=stats["mu"], sigma=stats["sigma"])
     bare = run_evaluate("--images", train, "--real", tmp_path / "bare.npz")
-    assert bare.out.splitlines()[-1] == last and "does not say how it was measured" in bare.err
+    assert last_fid(bare.out) == last_fid(out.out) and "does not say how it was measured" in bare.err
 
 
 def test_changed_data_is_measured_again(run_evaluate, dataroot, tmp_path, monkeypatch):
@@ -54,15 +74,18 @@ def test_changed_data_is_measured_again(run_evaluate, dataroot, tmp_path, monkey
     folder.mkdir()
     for i in range(4):
         Image.effect_noise((64, 64), 50 + i).convert("RGB").save(folder / f"{i}.png")
-    flags = ("--images", folder, "--dataroot", tmp_path, "--real", dataroot / "64" / "test", "--no-floor")
+    flags = ("--real", folder, "--dataroot", tmp_path, "--images", dataroot / "64" / "test", "--no-floor")
+    labels = spy_on_measurements(monkeypatch)
     first = run_evaluate(*flags).out
-    assert run_evaluate(*flags).out == first
+    assert run_evaluate(*flags).out == first and labels.count(str(folder)) == 1
     (folder / "0.png").unlink()
-    assert run_evaluate(*flags).out != first
-    for cache in (tmp_path / ".statistics").iterdir():
+    assert run_evaluate(*flags).out != first and labels.count(str(folder)) == 2
+    caches = list((tmp_path / ".statistics").iterdir())
+    assert len(caches) == 2  # of the two states of the real images alone
+    for cache in caches:
         cache.write_bytes(cache.read_bytes()[:1000])
     again = run_evaluate(*flags)
-    assert again.err.count("measured again") == 2
+    assert again.err.count("measured again") == 1
     for resize in ("bilinear", "clean"):
         assert run_evaluate(*flags, "--resize", resize).out.splitlines()[-1] != again.out.splitlines()[-1]
 
@@ -73,7 +96,7 @@ def test_a_generator_is_evaluated_without_files_of_faces(run_evaluate, generator
     assert "6 generated" in out and "64x64" in out and "training images" not in out
     for size in (1, 4):
         batched = run_evaluate(*flags, "--batch-size", size).out
-        assert abs(float(batched.split()[-1]) - float(out.split()[-1])) < 2e-3
+        assert abs(last_fid(batched) - last_fid(out)) < 2e-3
     assert run_evaluate(*flags, "--seed", 1).out != out
 
 
@@ -102,6 +125,19 @@ def test_a_training_is_measured_on_valid_where_it_has_enough_images(dataroot, tm
     assert "note: " not in capsys.readouterr().err
 
 
+def test_distances_are_computed_without_tf32(run_evaluate, dataroot, monkeypatch, tf32):
+    """KID, precision and recall come from matrix products."""
+    seen = []
+
+    def spy(*inputs):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return comparison.compare(*inputs)
+
+    monkeypatch.setattr(evaluate, "compare", spy)
+    run_evaluate("--images", dataroot / "64" / "train", "--num", 9, "--no-floor")
+    assert seen == [False]
+
+
 def test_the_result_names_the_commit_and_the_parameters(run_evaluate, generator, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "git_commit", lambda: "0123abcd")
     run_evaluate("--params", generator, "--num", 6, "--no-floor", "--json", tmp_path / "r.json")
@@ -125,8 +161,7 @@ def test_repeats_infinity_and_neighbours(run_evaluate, generator, dataroot, tmp_
 
 def test_infinity_is_refused_before_the_measurement(run_evaluate, generator, dataroot, monkeypatch):
     """As soon as the number of generated images is known: 127 faces, or the few of a folder."""
-    run_evaluate("--images", dataroot / "64" / "train", "--no-floor")  # the cache holds the real images from here on
-    monkeypatch.setattr(feature_stats, "measure", None)
+    monkeypatch.setattr(evaluate, "load_extractor", None)
     for flags in (("--params", generator, "--num", 127), ("--images", dataroot / "64" / "train")):
         with pytest.raises(UserError, match="--infinity needs 128 generated images at --dims 64, not"):
             run_evaluate(*flags, "--infinity")
@@ -155,11 +190,11 @@ def test_incomparable_statistics_are_refused(run_evaluate, dataroot, tmp_path):
         run_evaluate("--images", tmp_path / "small.npz", "--real", tmp_path / "other.npz")
 
 
-def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(tmp_path, run_script, refused, weights):
-    (tmp_path / "data").mkdir()
-    done = run_script("evaluate.py", "--inception", "tf2015", "--weights", weights)
-    refused(done, "data/64/test", "preprocess.py")
-    assert "pretrained/generator_64.params" in done.stderr
+def test_the_pretrained_generator_replaces_a_missing_training(tmp_path, run_evaluate, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="64/test; make the crops with `python preprocess.py"):
+        run_evaluate("--dataroot", "data")
+    assert "pretrained/generator_64.params" in capsys.readouterr().err
 
 
 def test_offline_without_weights(run_script, refused, tmp_path):

@@ -1,5 +1,6 @@
 """The script generator.py: faces, grids and interpolations from a file of weights."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_grid_and_interpolation_lie_next_to_the_folder_of_faces(params, tmp_path
     out = tmp_path / "faces"
     flags = ["--device", "cpu", "--params", str(params), "--seeds", "0-4,9", "--grid", "--interpolate"]
     generator.main([*flags, "--outdir", str(out)])
-    assert sorted(path.name for path in out.iterdir()) == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)]
+    assert sorted(path.name for path in out.glob("*.png")) == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)]
     assert len(find_images(out)) == len(DataGenerater(out, None, in_memory=True)) == 6  # evaluate.py reads the folder
     face = next(generator.sample(generator.load_generator(params), [9]))[0].permute(1, 2, 0)
     assert abs(np.asarray(Image.open(out / "00000009.png")).astype(int) - face.numpy()).max() <= 1
@@ -63,11 +64,14 @@ def test_the_grid_of_any_outdir_has_its_name(tmp_path, monkeypatch, outdir, grid
         path_next_to(Path(Path.cwd().anchor), "_grid.png")
 
 
-def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path):
-    """Also without a terminal: tqdm counts nothing then."""
+@pytest.mark.parametrize("many", [7, 8])
+def test_each_face_of_many_batches_has_the_name_of_its_seed(params, tmp_path, monkeypatch, many):
+    """Whether processes write them or this one. Also without a terminal: tqdm counts nothing then."""
+    monkeypatch.setattr(generator, "MANY", many)
+    monkeypatch.setattr(generator, "count_cores", lambda: 2)
     flags = ["--params", str(params), "--seeds", "3-9", "--batch-size", "2", "--device", "cpu"]
     generator.main([*flags, "--outdir", str(tmp_path / "faces")])
-    assert len(list((tmp_path / "faces").iterdir())) == 7
+    assert len(list((tmp_path / "faces").glob("*.png"))) == 7
     netG = generator.load_generator(params)
     for seed in range(3, 10):
         face = next(generator.sample(netG, [seed]))[0].permute(1, 2, 0).numpy()
@@ -82,16 +86,16 @@ def test_weights_of_the_pytorch_tutorial(tmp_path):
     assert generator.load_generator(tmp_path / "netG_epoch_4.pth").image_size == 128
 
 
-def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(params, tmp_path, run_script, monkeypatch):
-    done = run_script("generator.py", "--seeds", "0")
-    assert done.returncode == 0 and "pretrained/generator_64.params" in done.stderr
-    with Image.open(tmp_path / "faces" / "00000000.png") as face:
-        assert face.size == (64, 64)
+def test_the_pretrained_generator_replaces_a_missing_training_with_a_notice(params, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    generator.main(["--seeds", "0"])
+    assert "pretrained/generator_64.params" in capsys.readouterr().err
+    with Image.open("faces/00000000.png") as face:
+        assert face.size == (64, 64)
     Path("runs/64").mkdir(parents=True)
-    Path(params).rename("runs/64/generator.params")
-    done = run_script("generator.py", "--seeds", "1")
-    assert done.returncode == 0 and done.stderr == ""
+    params.rename("runs/64/generator.params")
+    assert generator.choose_params(None) == Path("runs/64/generator.params")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -109,10 +113,28 @@ def test_bf16_gives_nearly_the_same_faces(tmp_path):
         flags = ["--params", str(generator.PRETRAINED), "--seeds", "0-7", "--precision", precision]
         generator.main([*flags, "--device", "cpu", "--outdir", str(tmp_path / precision)])
     fp32, bf16 = (
-        np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / precision).iterdir())])
+        np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / precision).glob("*.png"))])
         for precision in ("fp32", "bf16")
     )
     assert (fp32 != bf16).any() and abs(fp32 - bf16).mean() < 0.5  # of 255
+
+
+def test_faces_of_two_generators_in_a_folder_are_a_warning(params, tmp_path, capsys):
+    """evaluate.py would measure the mixture. The note in the folder is the SHA-256 of the weights."""
+    other = tmp_path / "other.params"
+    torch.save(network.Generator(16, 8).state_dict(), other)
+    note = tmp_path / "faces" / "weights.sha256"
+
+    def warned(path, seeds, *flags):
+        generator.main(["--params", str(path), "--seeds", seeds, "--outdir", str(tmp_path / "faces"), *flags])
+        return "warning: " in capsys.readouterr().err
+
+    assert not warned(params, "0-3") and not warned(params, "4,5")
+    assert note.read_text() == hashlib.sha256(params.read_bytes()).hexdigest() + "\n"
+    assert warned(other, "6") and warned(params, "7") and warned(other, "0-3", "--overwrite")
+    assert len(note.read_text().split()) == 2
+    assert not warned(other, "0-7", "--overwrite")  # no face of the first generator stays
+    assert note.read_text() == hashlib.sha256(other.read_bytes()).hexdigest() + "\n"
 
 
 def test_nothing_is_overwritten_without_the_flag(params, tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
+import evaluate
 import network
 from support import inception
 from support.files import UserError
-from support.inception_choices import RESIZES
 
 
 def close(a, b):
@@ -34,6 +34,26 @@ def test_torchvision_features_are_those_before_the_last_layer(tmp_path):
         expected = net((x - mean) / deviation)
     assert close(features(images), expected)
     assert metadata["resize"] == "bilinear" and len(metadata["weights_sha256"]) == 64
+
+
+def test_the_flags_name_what_can_be_measured(capsys):
+    """evaluate.py lists it again, so that --help needs no torch."""
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for choices in (inception.URLS, inception.LAST_LAYER, inception.RESIZES):
+        assert f"{{{','.join(map(str, choices))}}}" in text
+    defaults = ", ".join(f"{resize} for {name}" for name, resize in inception.DEFAULT_RESIZE.items())
+    assert defaults in text
+
+
+def test_tf32_is_off_while_features_are_computed(weights, tf32):
+    features, _ = inception.load_inception("tf2015", 64, weights)
+    seen = []
+    features.layers.register_forward_pre_hook(lambda *_: seen.append(
+        (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
+    features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [(False, False)] and torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("dims", [64, 192, 768, 2048])
@@ -110,7 +130,7 @@ def test_the_2015_graph_centers_pixels_at_128(weights, tmp_path):
     centres = {
         (name, resize): inception.load_inception(name, 64, path, resize=resize)[0].centre
         for name, path in (("tf2015", weights), ("torchvision", tmp_path / "torchvision.pth"))
-        for resize in RESIZES
+        for resize in inception.RESIZES
     }
     assert [centre for key, centre in centres.items() if centre == 128] == [128, 128]
     assert centres["tf2015", "tf"] == centres["tf2015", "clean"] == 128
@@ -174,7 +194,7 @@ def test_files_without_inception_weights_are_refused(tmp_path, weights):
     refused(tmp_path, "is a folder")
     for name in ("page.pth", "page-6726825d.pth"):
         (tmp_path / name).write_text("<!DOCTYPE html><html></html>")
-        refused(tmp_path / name, f"{name} is .*an HTML page")
+        refused(tmp_path / name, f"{name} is an HTML page")
     refused(tmp_path / "nowhere.pth", "nowhere.pth does not exist")
     refused(weights, "holds the tf2015 network, not torchvision", name="torchvision")
     state = torch.load(weights, weights_only=True)

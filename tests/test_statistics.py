@@ -1,21 +1,36 @@
-"""Means and covariances on disk, and fingerprints of image folders: support/feature_stats.py."""
+"""Means and covariances on disk, and the cache of them: support/feature_stats.py."""
+
+import os
 
 import numpy as np
-from PIL import Image
 
-from dataloader import find_images
-from support.feature_stats import fingerprint, load_statistics
+from support.feature_stats import cached, load_statistics
 from support.files import UserError
 
 
-def test_fingerprint_changes_with_the_files(tmp_path):
-    for name in "ab":
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    paths = find_images(tmp_path)
-    before = fingerprint(paths, tmp_path)
-    assert before == fingerprint(paths, tmp_path)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    assert fingerprint(paths, tmp_path) != before != fingerprint(paths[:1], tmp_path)
+def test_the_cache_knows_files_by_their_whole_content(tmp_path):
+    """Archives and images of containers set all times to 0, so that names, sizes and times may be equal."""
+    measured = []
+
+    def measure(mean):
+        measured.append(mean)
+        return {"mu": np.full(2, mean), "sigma": np.eye(2)}
+
+    def mean_of(folder, num=2, **metadata):
+        paths = sorted((tmp_path / folder).iterdir())[:num]
+        stats = cached(tmp_path / "cache", paths, metadata, lambda: measure(float(len(measured))))
+        return stats["mu"][0]
+
+    for folder, content in (("one", b"ab"), ("two", b"ac"), ("copy", b"ab")):
+        (tmp_path / folder).mkdir()
+        for i, byte in enumerate(content):
+            (tmp_path / folder / f"{i}.png").write_bytes(bytes([byte]) * 2**21)
+            os.utime(tmp_path / folder / f"{i}.png", (0, 0))
+    assert [mean_of(folder) for folder in ("one", "two", "copy", "one")] == [0, 1, 0, 0]
+    assert [mean_of("one", num=1), mean_of("one", dims=64), mean_of("one")] == [2, 3, 0]
+    os.utime(tmp_path / "one" / "0.png", (9, 9))
+    (tmp_path / "one" / "1.png").rename(tmp_path / "one" / "7.png")
+    assert mean_of("one") == 0 and len(measured) == 4
 
 
 def test_damaged_statistics_give_an_error_of_one_sentence(tmp_path):

@@ -28,3 +28,16 @@ def test_imports_run_one_way():
 def test_import_of_preprocess_does_not_import_torch(tmp_path):
     """A worker process then starts in a tenth of a second, and not in two."""
     assert run_python(PROGRAMS / "import_preprocess.py", cwd=tmp_path).returncode == 0
+
+
+def test_float64_is_made_on_the_cpu():
+    """MPS has no float64. Only metrics.py, which is given a device that has it, computes in it there."""
+    paths = [path for path in (*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")) if path.name != "metrics.py"]
+    found = 0
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "double":
+                before = node.value
+                found += 1
+                assert ast.unparse(before).endswith(".cpu()"), f"{path.name}, line {node.lineno}"
+    assert found

@@ -1,5 +1,10 @@
 """Files of weights from unknown sources: support/weights.py and generator_from_state_dict."""
 
+import argparse
+import json
+import struct
+import zipfile
+
 import pytest
 import torch
 
@@ -62,7 +67,7 @@ def truncated(path):
 @pytest.mark.parametrize("make, word", [
     (lambda path: None, "does not exist"),
     (truncated, "damaged"),
-    (pickle_bomb, r"exec\), not only tensors"),
+    (pickle_bomb, r"Python objects \(.*exec\), not only tensors"),
     (lambda path: torch.save([1, 2], path), "list"),
     (lambda path: torch.save({"a": 1}, path), "generator"),
     (lambda path: torch.save(network.Discriminator(4).state_dict(), path), "discriminator"),
@@ -125,6 +130,13 @@ def test_a_checkpoint_of_train_gives_its_ema_generator(trained, capsys):
     assert "checkpoint.pt is a checkpoint; this is its EMA generator" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["netG_ema", "average"])
+def test_the_ema_generator_of_newer_and_older_checkpoints(tmp_path, state, name):
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    loaded = saved(tmp_path / "checkpoint.pt", {"netG": other, "netD": NET_D, name: state}).state_dict()
+    assert torch.equal(loaded["main.0.weight"], state["main.0.weight"])
+
+
 @pytest.mark.parametrize("content, words", [
     (lambda s: {"model": s, "ema": dict(s)}, r"2 generators \(ema, model\)"),
     (lambda s: {"netD": NET_D}, "discriminator, not a generator"),
@@ -141,3 +153,59 @@ def test_other_networks_are_named(tmp_path, state, content, words):
     with pytest.raises(UserError, match=words) as stop:
         saved(tmp_path / "g.pth", content(state))
     assert str(tmp_path / "g.pth") in str(stop.value) and "\n" not in str(stop.value)
+
+
+# ---------------------------------------------------------------------------------------------- other files
+
+
+def safetensors(path):
+    header = json.dumps({"main.0.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def script(path):
+    torch.jit.save(torch.jit.trace(torch.nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 4, 4)), path)
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("images/a.png", b"")
+
+
+def in_old_format(content):
+    return lambda path: torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def truncated_checkpoint(path):
+    in_old_format({"main.0.weight": torch.nn.Parameter(torch.zeros(9)), "seen": {1}, "size": torch.Size([3])})(path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("write, words", [
+    (lambda path: path.mkdir(), "is a folder, .*; give the file of weights in it"),
+    (lambda path: path.touch(), "is an empty file, .*; make one"),
+    (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n"), "git-lfs pointer.*git lfs"),
+    (lambda path: path.write_text("\n<!doctype HTML>\n<html>"), "is an HTML page, .*download the file itself"),
+    (lambda path: path.write_text("<html lang='en'>"), "is an HTML page"),
+    (safetensors, "is a safetensors file, .*load_file"),
+    (script, "is a TorchScript archive, .*torch.jit.load"),
+    (archive, "is a zip of other files, .*unzip it"),
+    (lambda path: path.write_text("hello"), "is damaged or not a PyTorch file"),
+    (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "is damaged or not a PyTorch file"),
+    (truncated_checkpoint, "is damaged or not"),
+    (lambda path: torch.save(network.Generator(8, 4), path), r"\(network.Generator\), not only tensors; .*MODULE"),
+    (in_old_format(network.Generator(8, 4)), r"Python objects \(network.Generator\)"),
+    (in_old_format({"args": argparse.Namespace(lr=1)}), r"Python objects \(argparse.Namespace\)"),
+])
+def test_other_files_are_named_with_what_to_do(tmp_path, write, words):
+    path = tmp_path / "weights.pth"
+    write(path)
+    with pytest.raises(UserError, match=words) as stop:
+        load_tensors(path, "make one")
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_file_in_the_format_before_torch_1_6(tmp_path, state):
+    in_old_format(state)(tmp_path / "w.pth")
+    assert load_tensors(tmp_path / "w.pth", "").keys() == state.keys()
