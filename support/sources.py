@@ -147,7 +147,8 @@ def list_zip(src: Path) -> list[Photo]:
         raise UserError(f"SRC {printable(src)} does not exist; give a folder of photos or a .zip") from None
     except Exception as error:  # zipfile raises many kinds on damaged files
         what, remedy = describe_source(src)
-        raise UserError(f"SRC {printable(src)} is {what or f'no whole zip ({printable(error)})'}; {remedy}") from None
+        what = what or f"not a whole zip ({printable(error)})"
+        raise UserError(f"SRC {printable(src)} is {what}; {remedy}") from None
     keys = [member_name(member) for member in members]
     newest = {key: index for index, key in enumerate(keys)}
     crop_folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{CROP_NOTE}")}

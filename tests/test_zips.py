@@ -106,7 +106,7 @@ def test_many_unreadable_photos_are_a_warning(tmp_path, capsys, bad, warned):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("photos.zip", None, "no whole zip .*copy the zip again"),
+    ("photos.zip", None, "not a whole zip .*copy the zip again"),
     ("photos.zip", b"<!DOCTYPE html><title>Quota exceeded</title>", "an HTML page; download the zip itself"),
     ("photos.zip", b"\n<!-- a -->\n<html>", "an HTML page; download the zip itself"),
     ("photos.7z", b"7z\xbc\xaf\x27\x1c", ".*archive; unpack it and give the folder"),
