@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from support.cli import HelpFormatter, int_at_least, run
+from support.cli import HelpFormatter, int_at_least, run, user_path
 from support.crops import list_crops, note_crop, owned_names, remove_stale
 from support.demo_faces import draw_face
 from support.files import UserError, atomic_write, printable
@@ -195,16 +195,16 @@ def draw_demo(dataroot: Path, size: int, number: int = 2000) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("source (give one)").add_argument
-    add("src", nargs="?", type=Path, metavar="SRC", help="folder of photos, with its subfolders, or a .zip")
+    add("src", nargs="?", type=user_path, metavar="SRC", help="folder of photos, with its subfolders, or a .zip")
     add("--demo", type=int_at_least(1), metavar="N", help="draw N faces instead of reading SRC")
     add("--seed", type=int_at_least(0), default=0, help="random seed of the faces that --demo draws")
     add("--download", action="store_true", help="fetch CelebA instead of reading SRC")
     add = parser.add_argument_group("crops").add_argument
-    add("--dataroot", type=Path, default=Path("data"), help="folder for the crops")
+    add("--dataroot", type=user_path, default=Path("data"), help="folder for the crops")
     add("--sizes", type=int_at_least(1), nargs="+", default=[64, 128], help="sides of the crops in pixels")
     add("--crop", type=int_at_least(1), help="side of the square in source pixels (default: the photo's short side)")
     add("--allow-upscale", action="store_true", help="also make crops that are larger than their square in the photo")
-    add("--partition", type=Path, help="list_eval_partition.txt or .csv (default: the one in or near SRC, if any)")
+    add("--partition", type=user_path, help="list_eval_partition.txt or .csv (default: the one in or near SRC, if any)")
     add = parser.add_argument_group("hardware").add_argument
     add("--workers", type=int_at_least(0), help="worker processes; 0 starts none (default: one for each CPU core)")
     args = parser.parse_args(argv)

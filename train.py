@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.cli import HelpFormatter, float_below, int_at_least, prepare, run
+from support.cli import HelpFormatter, float_below, int_at_least, prepare, run, user_path
 from support.files import UserError, cannot_write, open_outdir
 
 SIZES = (16, 32, 64, 128, 256)
@@ -40,11 +40,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recipe", choices=RECIPES, default="report", help=f"flag values to start from; best: {RECIPES['best']}")
     add("--demo", action="store_true", help="train on drawn faces, drawing them first if needed")
     add = parser.add_argument_group("data and output").add_argument
-    add("--dataroot", type=Path, default=Path("data"), help="folder that preprocess.py made")
+    add("--dataroot", type=user_path, default=Path("data"), help="folder that preprocess.py made")
     add("--image-size", type=int, choices=SIZES, default=64, help="side of the faces in pixels")
-    add("--outdir", type=Path, help="folder for the results (default: runs/<image size>)")
+    add("--outdir", type=user_path, help="folder for the results (default: runs/<image size>)")
     add("--resume", action="store_true", help="go on with the training in --outdir and its flags; without one, start")
-    add("--init", type=Path, metavar="FILE", help="networks to start from, such as pretrained/networks_64.pt")
+    add("--init", type=user_path, metavar="FILE", help="networks to start from, such as pretrained/networks_64.pt")
     add("--checkpoint-every", type=int_at_least(0), default=0, help="steps between checkpoints; 0: one an epoch")
     add = parser.add_argument_group("model").add_argument
     add("--nz", type=int_at_least(1), default=100, help="length of a latent")

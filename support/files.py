@@ -72,11 +72,17 @@ def git_commit() -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in `folder`. A rename is durable only after that."""
+    """Wait until the disk has the names in `folder`. A rename is durable only after that.
+
+    Some network file systems cannot do this for a folder (EINVAL); their renames are as durable as they get.
+    """
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 
@@ -138,8 +144,12 @@ def open_outdir(outdir: Path, resume: bool) -> TextIO:
         raise UserError(f"cannot write to --outdir {shown} ({error.strerror}); choose another") from None
     try:
         lock_file(lock)
-    except OSError:
-        raise UserError(f"another training is running in {shown}; choose another --outdir") from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # Lustre and others have no locks
+            message = f"the file system of {shown} has no locks ({error.strerror}); start no second training there"
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            raise UserError(f"another training is running in {shown}; choose another --outdir") from None
     for leftover in outdir.rglob(".*.tmp"):  # of a killed training: the lock proves that no other is writing them
         leftover.unlink(missing_ok=True)
     return lock

@@ -1,6 +1,9 @@
 """Files appear whole or not at all: support/files.py, and the scripts on full and read-only disks."""
 
+import errno
+import os
 import shutil
+import stat
 import subprocess
 
 import pytest
@@ -36,6 +39,32 @@ def test_the_commit_is_not_that_of_a_repository_around_the_files(tmp_path, monke
     (tmp_path / "unpacked").mkdir()
     monkeypatch.setattr(files, "ROOT", tmp_path / "unpacked")
     assert files.git_commit() is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    """Lustre without flock, NFS without a lock daemon. A lock that another training holds stays a refusal."""
+
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "lock_file", no_locks)
+    files.open_outdir(tmp_path / "run", resume=False).close()
+    assert "has no locks" in capsys.readouterr().err
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def sync_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    with atomic_write(tmp_path / "file", durable=True) as file:
+        file.write(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_atomic_write_to_a_name_of_255_bytes(tmp_path):
