@@ -82,7 +82,6 @@ def refuses(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, words", [
     (("--dataroot", "nowhere"), ["nowhere", "preprocess.py"]),
     (("--batch-size", "1000"), ["--batch-size"]),
-    (("--resume",), ["--resume", "no checkpoint"]),
     (("--image-size", "65"), ["--image-size"]),
     (("--device", "cuda:99"), ["--device"]),
     (("--outdir", "/proc/none"), ["--outdir"]),

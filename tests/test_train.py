@@ -57,7 +57,7 @@ def test_outputs(trained):
     assert metadata.keys() >= {"python", "git_commit", "device_type", "device_name", "threads", "processes", "lr"}
 
 
-def test_fid_is_measured_and_the_best_ema_weights_are_kept(dataroot, tmp_path, weights):
+def test_fid_is_measured_and_the_best_ema_weights_are_kept(dataroot, tmp_path, weights, capsys):
     """Also in a resumed training. --eval-every does not change the training."""
     flags = ["--eval-every", 1, "--eval-flags", f"--inception tf2015 --dims 64 --num 3 --weights '{weights}'"]
     run_training(dataroot, tmp_path / "plain", "--epochs", 3)
@@ -71,8 +71,10 @@ def test_fid_is_measured_and_the_best_ema_weights_are_kept(dataroot, tmp_path, w
         assert_equal(load(tmp_path / "run" / name), load(tmp_path / reference / "generator.params"))
     with Image.open(tmp_path / "run" / "fid.png") as picture:
         assert picture.size == (900, 420)
-    with pytest.raises(UserError, match="--weights nowhere does not exist"):
+    with pytest.raises(SystemExit):
         run_training(dataroot, tmp_path / "no", "--eval-every", 1, "--eval-flags", "--weights nowhere")
+    assert "--weights: nowhere does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "no" / "log.jsonl").exists()
 
 
 def test_images_from_files_give_the_same_weights_as_images_in_memory(dataroot, tmp_path, monkeypatch):
