@@ -109,8 +109,10 @@ def make_crops(args: argparse.Namespace, photo: Photo) -> Result:
     try:
         square, sizes, reason = read_square(args, photo)
     except Exception as error:  # decoders raise any kind
-        is_image = is_image_name(photo.key) or not isinstance(error, UnknownFormat)
-        return Result(photo, {}, f"{'unreadable' if is_image else 'not an image'}: {explain(error)}")
+        why = explain(error)
+        if isinstance(error, UnknownFormat) and not is_image_name(photo.key):
+            return Result(photo, {}, f"not an image: {why.removeprefix('not an image: ')}")
+        return Result(photo, {}, f"unreadable: {why}")
     for size in (size for size, why in sizes.items() if not why):
         # Bicubic with a support scaled by the reduction: less ringing than Lanczos, in 0.6 of the time.
         crop = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None)

@@ -42,7 +42,7 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise UnknownFormat(f"it is none of {', '.join(FORMATS)}" if data else "an empty file") from None
+        raise UnknownFormat(f"not an image: none of {', '.join(FORMATS)}" if data else "an empty file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
     return image
