@@ -297,10 +297,7 @@ def open_dataset(args: argparse.Namespace) -> DataGenerater:
     """The training images. With --demo, one process on each machine draws those that are missing."""
     root = args.dataroot / str(args.image_size) / "train"
     if args.demo and distributed.is_first_on_machine():
-        names = [path.name for path in root.iterdir()] if root.is_dir() else []
-        if all(name.startswith("demo_") for name in names):  # not somebody's own crops
-            flags = ["--dataroot", str(args.dataroot), "--sizes", str(args.image_size), "--allow-upscale"]
-            preprocess.main(["--demo", "2000", *flags])
+        preprocess.draw_demo(args.dataroot, args.image_size)
     distributed.wait_for_ranks()
     dataset = DataGenerater(root, args.image_size)
     if len(dataset) < args.batch_size:
