@@ -34,7 +34,7 @@ REPORT = ("netG_ema", "netG")  # EMA and raw weights of G
 TRAININGS = {
     "best_64_0": (200, BEST, "best_64_0", "--recipe best --epochs 14 --seed 0"),
     "best_64_1": (200, BEST, "best_64_1", "--recipe best --epochs 14 --seed 1"),
-    "best_64_0_long": (300, BEST, "best_64_0", "--recipe best --epochs 35 --seed 0 --resume"),
+    "best_64_0_long": (300, BEST, "best_64_0", "--recipe best --epochs 35 --seed 0"),
     "best_128": (360, ("netG_ema",), "best_128", "--recipe best --epochs 14 --image-size 128"),
     "report_64_0": (60, REPORT, "report_64_0", "--epochs 14 --seed 0"),
     "report_64_1": (60, REPORT, "report_64_1", "--epochs 14 --seed 1"),
@@ -89,6 +89,7 @@ def run_training(name: str, args: argparse.Namespace) -> dict:
     limit, networks, folder, flags = TRAININGS[name]
     outdir = args.work / folder
     command = ["train.py", "--dataroot", args.dataroot, "--outdir", outdir, "--device", args.device, *flags.split()]
+    command.append("--resume")  # a second run of this script goes on
     result = {"exit": run_python(command, limit, args.out / f"{name}.log")}
     rows = read_log(outdir / "log.jsonl")
     if not rows:
