@@ -12,6 +12,7 @@ from PIL import Image
 import generator
 import preprocess
 import train
+from support import training_log
 from support.files import UserError
 from support.training_log import FIELDS, TrainingLog, save_summary
 
@@ -125,6 +126,33 @@ def test_a_damaged_picture_of_samples_is_left_out_of_the_animation(tmp_path):
     save_summary(tmp_path)
     with Image.open(tmp_path / "training.gif") as animation:
         assert animation.size == (8, 8)
+
+
+def test_a_gpu_writes_files_every_30_seconds_only(tmp_path, monkeypatch):
+    """An epoch may take less than a second there. The log has the speed of each epoch with what it wrote."""
+    clock = [0.0]
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: clock[0])
+    state = train.make_state(small_args("--outdir", str(tmp_path)), torch.device("cpu"))
+    log = TrainingLog(tmp_path, step=0, images=800, batch_size=8, signals=[], score=None)
+    written = []
+    for clock[0] in (10.0, 29.0, 31.0, 60.0, 62.0):
+        written.append(log.is_time_to_write(torch.device("cuda")))
+    assert written == [False, False, True, False, True]
+    assert log.is_time_to_write(torch.device("cpu"))
+    state.step = 100
+    log.add_row(state, 20)
+    log.close()
+    assert log_rows(tmp_path)[0]["epoch_images_per_sec"] == round(800 / 62, 1)
+
+
+def test_the_share_of_a_process_is_contiguous(monkeypatch):
+    """Otherwise each step would wait for a copy before it is sent to a GPU."""
+    args = train.parse_args(["--recipe", "best"])
+    whole = train.step_inputs(args, 3, torch.arange(16))
+    monkeypatch.setattr(train.distributed, "rank_and_world_size", lambda: (1, 2))
+    share = train.step_inputs(args, 3, torch.arange(8))
+    assert share.z.is_contiguous() and share.augmentations.is_contiguous()
+    assert torch.equal(share.z, whole.z[1::2]) and torch.equal(share.augmentations, whole.augmentations[:, 1::2])
 
 
 def test_the_animation_of_a_long_training_is_short_and_small(tmp_path):
