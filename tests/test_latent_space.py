@@ -144,7 +144,7 @@ def test_arithmetic_draws_each_group_and_the_sum(run):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--project", "text.jpg"], "text.jpg cannot be read .it is none of JPEG, PNG"),
+    (["--project", "text.jpg"], "text.jpg cannot be read .not an image: none of JPEG, PNG"),
     (["--project", "photo.png", "photo.png"], "same name"),
     (["--project", "photo.png", "--mask", "small.png"], "small.png is 9x9, but photo.png is 80x60"),
     (["--project", "photo.png", "--mask", "black.png"], "not white"),
