@@ -47,7 +47,9 @@ def read_image(path: Path, image_size: int | None = None) -> torch.Tensor:
 
 def explain_unreadable(root: Path, paths: Sequence[Path]) -> str:
     """One sentence that names the files of `paths` below `root` that are gone or cannot be read; "" where all can."""
-    gone, damaged, reasons = [], [], []
+    gone = []
+    damaged = []
+    reasons = []
     for path in paths:
         try:
             read_image(path)

@@ -44,8 +44,8 @@ TRAININGS = {
 def run_python(arguments: list, limit: int, log: Path) -> int | str:
     """Run `python <arguments>` and return its exit code, or "too slow" after `limit` seconds.
 
-    The process gets a group of its own. At the limit, SIGTERM goes to the whole group, so that torchrun can end its
-    processes and a training can write its checkpoint. After half a minute, the group is killed.
+    The process leads a new process group. At the limit, SIGTERM goes to the whole group, so that torchrun can end its
+    processes and a training can write its checkpoint. After half a minute, SIGKILL ends the group.
     """
     with log.open("w") as file:
         command = [sys.executable, *map(str, arguments)]
