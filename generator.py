@@ -81,7 +81,7 @@ from support.latent_space import arithmetic, interpolate, mean_latent, neighbour
 from support.page import draw_page
 from support.projection import ITERATIONS, complete, project, psnr, read_photo
 from support.seeding import latents
-from support.weights import add_counters, check_tensors, find_generator, kernels_of, load_tensors, save_tensors
+from support.weights import add_counters, check_tensors, find_generator, generator_sizes, load_tensors, save_tensors
 from support.workers import count_cores, iterate_in_processes
 
 
@@ -109,11 +109,8 @@ def generator_from_state_dict(content: dict, path: str | Path) -> Generator:
     anything else.
     """
     state = find_generator(content, path, REMEDY)
-    kernels = kernels_of(state)
-    nz = kernels[0].shape[0]
-    ngf = kernels[-1].shape[0]
     with torch.device("meta"):  # takes no memory before the shapes have been compared
-        netG = Generator(nz, ngf, image_size=2 ** (len(kernels) + 1))
+        netG = Generator(**generator_sizes(state))
     expected = netG.state_dict()
     state = add_counters(state, expected)
     check_tensors(state, expected, path, "a DCGAN generator", REMEDY)

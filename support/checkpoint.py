@@ -22,8 +22,25 @@ import torch
 from torch import nn
 
 from support import distributed
-from support.files import CHECKPOINTS, UserError, atomic_write, git_commit, hash_file, name_last_checkpoint, printable
-from support.weights import find_networks, is_discriminator, kernels_of, load_tensors, nested_tensors, save_tensors
+from support.files import (
+    CHECKPOINTS,
+    UserError,
+    atomic_write,
+    git_commit,
+    hash_file,
+    holds_training,
+    name_last_checkpoint,
+    printable,
+)
+from support.weights import (
+    EMA_NAMES,
+    find_dcgans,
+    generator_sizes,
+    kernels_of,
+    load_tensors,
+    nested_tensors,
+    save_tensors,
+)
 
 # The settings that follow from the networks of --init.
 SIZES = ("image_size", "nz", "ngf", "ndf", "group_norm")
@@ -31,7 +48,7 @@ SIZES = ("image_size", "nz", "ngf", "ndf", "group_norm")
 FIXED = (*SIZES, "batch_size", "lr", "beta1", "ema", "augment", "colour_weight", "precision", "seed", "images_sha256")
 INIT_REMEDY = "give a checkpoint.pt of train.py, or pretrained/networks_64.pt, to --init"
 # All processes of a training take the same steps only if these are the same too.
-SHARED = (*FIXED, "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
+SHARED = (*FIXED, "init", "epochs", "resume", "checkpoint_every", "eval_every", "eval_flags")
 
 
 @dataclass
@@ -79,10 +96,6 @@ def settle_args(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def holds_training(outdir: Path) -> bool:
-    return any((outdir / name).exists() for name in CHECKPOINTS)
-
-
 def continue_args(args: argparse.Namespace, saved: dict) -> None:
     """Set the flags of `args` that the command line does not give to those of args.json, in their latest form."""
     for changes in saved.get("resumed", []):
@@ -99,17 +112,14 @@ def read_networks(path: Path) -> tuple[dict, dict, dict]:
 
     Raises UserError, which names the file, when it holds no such pair.
     """
-    networks = find_networks(load_tensors(path, INIT_REMEDY), "main.0.weight")
-    networks = {name: state for name, state in networks.items() if kernels_of(state)}
-    discriminators = [state for state in networks.values() if is_discriminator(kernels_of(state))]
-    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
-    ema = [name for name in ("netG_ema", "average", "netG") if name in generators]
-    if len(discriminators) != 1 or not ema:
+    generators, discriminators = find_dcgans(load_tensors(path, INIT_REMEDY))
+    names = [name for name in (*EMA_NAMES, "netG") if name in generators]
+    if len(discriminators) != 1 or not names:
         raise UserError(f"{path} does not hold a generator netG and a discriminator; {INIT_REMEDY}")
-    netG, netD = generators[ema[0]], discriminators[0]
-    kernels = kernels_of(netG)
-    sizes = {"image_size": 2 ** (len(kernels) + 1), "nz": kernels[0].shape[0], "ngf": kernels[-1].shape[0]}
-    sizes |= {"ndf": kernels_of(netD)[0].shape[0], "group_norm": not any("running_mean" in name for name in netD)}
+    netG = generators[names[0]]
+    [netD] = discriminators.values()
+    sizes = generator_sizes(netG) | {"ndf": kernels_of(netD)[0].shape[0]}
+    sizes["group_norm"] = not any("running_mean" in name for name in netD)
     return netG, netD, sizes
 
 
@@ -166,7 +176,7 @@ def write_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
     with (args.outdir / "log.jsonl").open("a") as log:
         os.fsync(log.fileno())
     content = {name: part.state_dict() for name, part in state.parts().items()}
-    content |= {"step": state.step, "totals": state.totals, "fixed": {name: getattr(args, name) for name in FIXED}}
+    content |= {"step": state.step, "totals": state.totals, "fixed": fixed_settings(args)}
     newest, previous = (args.outdir / name for name in CHECKPOINTS)
     with atomic_write(newest, durable=True) as file:
         torch.save(content, file)
@@ -199,6 +209,11 @@ def load_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
         raise UserError(f"{path} is not a checkpoint of this training ({why}); choose another --outdir") from None
 
 
+def fixed_settings(args: argparse.Namespace) -> dict:
+    """The settings that must not change, as plain data. --init decides how the EMA weights begin."""
+    return {name: getattr(args, name) for name in FIXED} | {"init": str(args.init) if args.init else None}
+
+
 def read_checkpoint(outdir: Path) -> tuple[str, dict]:
     """(name, content) of the newest whole checkpoint in `outdir`. Raises UserError when all are damaged."""
     problems = []
@@ -217,10 +232,12 @@ def read_checkpoint(outdir: Path) -> tuple[str, dict]:
 
 def refuse_other_settings(fixed: dict, args: argparse.Namespace) -> None:
     """Raise UserError when a setting of the checkpoint differs from that of this run."""
-    fixed = {"images_sha256": args.images_sha256} | fixed  # older checkpoints hold a hash of another definition
-    for name in FIXED:
-        if fixed[name] != getattr(args, name):
-            message = f"--{name.replace('_', '-')} was {fixed[name]} in {args.outdir}, now {getattr(args, name)}"
+    now = fixed_settings(args)
+    # Older checkpoints hold a hash of another definition, and know no --init.
+    fixed = {"images_sha256": args.images_sha256, "init": None} | fixed
+    for name in now:
+        if fixed[name] != now[name]:
+            message = f"--{name.replace('_', '-')} was {fixed[name]} in {args.outdir}, now {now[name]}"
             if name == "images_sha256":
                 message = f"the training images differ from those of {args.outdir}"
             raise UserError(f"--resume: {message}; use the same, or start again in another --outdir")

@@ -10,6 +10,7 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -57,6 +58,16 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def kind_by_first_bytes(path: Path, kinds: dict[str, tuple[bytes, str]]) -> tuple[str, str]:
+    """(kind, advice) of the first of `kinds` whose regular expression fits the first bytes of a file; else ("", "")."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    for kind, (pattern, advice) in kinds.items():
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            return kind, advice
+    return "", ""
 
 
 def git_commit() -> str | None:
@@ -123,13 +134,16 @@ def name_last_checkpoint(outdir: Path) -> str:
     return f"the last good checkpoint is {newest}" if newest.exists() else "there is no checkpoint yet"
 
 
+def holds_training(outdir: Path) -> bool:
+    return any((outdir / name).exists() for name in CHECKPOINTS)
+
+
 def check_outdir(outdir: Path, resume: bool) -> None:
     """Raise UserError when `outdir` holds a training that is not to be resumed, or another training's parameters."""
     shown = printable(outdir)
-    has_checkpoint = any((outdir / name).exists() for name in CHECKPOINTS)
-    if has_checkpoint and not resume:
+    if holds_training(outdir) and not resume:
         raise UserError(f"{shown} holds a training; go on by --resume, or choose another --outdir")
-    if not has_checkpoint and (outdir / "generator.params").exists():
+    if not holds_training(outdir) and (outdir / "generator.params").exists():
         raise UserError(f"{shown} holds the generator.params of another training; choose another --outdir")
 
 

@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from support.files import UserError, printable
+from support.files import UserError, kind_by_first_bytes, printable
 
 MAX_BYTES = 2**28
 UTF8_FLAG = 0x800  # of a file name in a zip. APPNOTE.TXT, section 4.4.4
@@ -146,8 +146,9 @@ def list_zip(src: Path) -> list[Photo]:
     except FileNotFoundError:
         raise UserError(f"SRC {printable(src)} does not exist; give a folder of photos or a .zip") from None
     except Exception as error:  # zipfile raises many kinds on damaged files
-        what, remedy = describe_source(src)
+        what, remedy = kind_by_first_bytes(src, OTHER_SOURCES)
         what = what or f"not a whole zip ({printable(error)})"
+        remedy = remedy or "give a folder of photos, or copy the zip again"
         raise UserError(f"SRC {printable(src)} is {what}; {remedy}") from None
     keys = [member_name(member) for member in members]
     newest = {key: index for index, key in enumerate(keys)}
@@ -175,16 +176,6 @@ def member_name(member: zipfile.ZipInfo) -> str:
         with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
     return name.replace("\\", "/")
-
-
-def describe_source(src: Path) -> tuple[str, str]:
-    """(what a file is that is no folder and no zip, or "" for a damaged zip; what to do with it)."""
-    with src.open("rb") as file:
-        head = file.read(512)
-    for what, (pattern, remedy) in OTHER_SOURCES.items():
-        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
-            return what, remedy
-    return "", "give a folder of photos, or copy the zip again"
 
 
 def refuse_member(key: str, member: zipfile.ZipInfo) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.files import UserError, atomic_write, printable
+from support.files import UserError, atomic_write, kind_by_first_bytes, printable
 
 # What people pass instead of a file of weights: the first bytes, and what to do with it ("" where the caller says it).
 FILE_KINDS = {
@@ -24,6 +24,7 @@ FILE_KINDS = {
     "a safetensors file": (rb".{5}\0\0\0\{",  # the length of a JSON header in 8 bytes, and the header
                            "convert it with `torch.save(safetensors.torch.load_file(OLD), NEW)`"),
 }
+EMA_NAMES = ("netG_ema", "average")  # of the EMA weights in checkpoints; older ones have the second
 
 
 def check_tensors(state: dict, expected: dict, path: str | Path, what: str, remedy: str) -> None:
@@ -68,15 +69,27 @@ def find_networks(content: dict, first: str) -> dict[str, dict[str, torch.Tensor
     }
 
 
+def find_dcgans(content: dict) -> tuple[dict[str, dict], dict[str, dict]]:
+    """(generators, discriminators) in `content`, each {what stands before its names: state dict}."""
+    networks = find_networks(content, "main.0.weight")
+    networks = {name: state for name, state in networks.items() if kernels_of(state)}
+    discriminators = {name: state for name, state in networks.items() if is_discriminator(kernels_of(state))}
+    return {name: networks[name] for name in networks if name not in discriminators}, discriminators
+
+
+def generator_sizes(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """nz, ngf and image_size of a generator, by the shapes of its kernels."""
+    kernels = kernels_of(state)
+    return {"nz": kernels[0].shape[0], "ngf": kernels[-1].shape[0], "image_size": 2 ** (len(kernels) + 1)}
+
+
 def find_generator(content: dict, path: str | Path, remedy: str) -> dict[str, torch.Tensor]:
     """The state dict of the one generator in `content`, or of the EMA generator of a checkpoint of train.py.
 
     Raises UserError, which names `path` and ends in `remedy`, when there is none or several.
     """
-    networks = find_networks(content, "main.0.weight")
-    networks = {name: state for name, state in networks.items() if kernels_of(state)}
-    generators = {name: state for name, state in networks.items() if not is_discriminator(kernels_of(state))}
-    for ema in ("netG_ema", "average"):  # older checkpoints have the second name
+    generators, discriminators = find_dcgans(content)
+    for ema in EMA_NAMES:
         if generators.keys() == {"netG", ema}:
             note = f"note: {path} is a checkpoint; this is its EMA generator, the one of generator.params"
             print(note, file=sys.stderr)
@@ -85,7 +98,7 @@ def find_generator(content: dict, path: str | Path, remedy: str) -> dict[str, to
         names = printable(", ".join(name or "one without a prefix" for name in generators))
         raise UserError(f"{path} holds {len(generators)} generators ({names}); save one of them alone, and pass that")
     if not generators:
-        if networks:
+        if discriminators:
             raise UserError(f"{path} holds a discriminator, not a generator; {remedy}")
         keys = printable(", ".join(map(str, list(content)[:6])))[:200] or "none"
         raise UserError(f"{path} does not hold a DCGAN generator (its keys: {keys}); {remedy}")
@@ -158,11 +171,9 @@ def explain_failure(path: Path, error: Exception, remedy: str) -> UserError:
 
 def describe(path: Path) -> tuple[str, str]:
     """What a file that is no state dict is, such as "an HTML page", and what to do with it. Empty where unknown."""
-    with path.open("rb") as file:
-        start = file.read(1024)
-    for kind, (pattern, advice) in FILE_KINDS.items():
-        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
-            return kind, advice
+    kind, advice = kind_by_first_bytes(path, FILE_KINDS)
+    if kind:
+        return kind, advice
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -1,5 +1,7 @@
 """Trainings that start from trained networks: train.py --init."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import assert_equal, load, log_rows, run_training
@@ -53,6 +55,14 @@ def test_resume_does_not_start_from_the_file_again(other_sizes, dataroot, tmp_pa
     assert [row["epoch"] for row in log_rows(tmp_path / "run")] == [1, 2]
     start_from(other_sizes / "checkpoint.pt", dataroot, tmp_path / "whole", "--epochs", 2)
     assert_equal(load(tmp_path / "run" / "checkpoint.pt"), load(tmp_path / "whole" / "checkpoint.pt"))
+
+
+def test_another_init_is_refused_in_a_resumed_training(other_sizes, trained, dataroot, tmp_path):
+    """The EMA weights of a training without --init have a warm-up, those of one with it have none."""
+    shutil.copytree(trained, tmp_path / "run")
+    file = other_sizes / "checkpoint.pt"
+    with pytest.raises(UserError, match="--init was None in .*, now .*checkpoint.pt"):
+        train.main(["--resume", "--outdir", str(tmp_path / "run"), "--epochs", "3", "--init", str(file)])
 
 
 @pytest.mark.parametrize("flags, words", [
