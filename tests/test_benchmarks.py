@@ -1,6 +1,7 @@
 """The benchmarks run: each stage once, small. Their numbers mean nothing here."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers import ROOT, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
+import memorisation
 
 import generator
 
@@ -53,3 +55,20 @@ def test_a_step_that_is_too_slow_leaves_no_process(tmp_path):
     while stat.exists() and stat.read_text().split()[2] != "Z":  # the system takes a moment to end it
         assert time.perf_counter() - begin < 60
         time.sleep(0.1)
+
+
+def test_memorisation_tells_copies_from_new_faces(dataroot, trained, weights, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    train, valid, new = torch.randn(3, 400, 8, generator=random)
+    copies = memorisation.compare(train + 0.01, train, valid)
+    assert copies["share_nearer_to_train"] == 1 and copies["to_train"] < 0.1 < copies["to_valid"]
+    assert 0.4 < memorisation.compare(new, train, valid)["share_nearer_to_train"] < 0.6
+
+    shutil.copytree(dataroot / "64", tmp_path / "64")
+    shutil.copytree(dataroot / "64" / "test", tmp_path / "64" / "valid", dirs_exist_ok=True)
+    flags = ["--params", trained / "generator.params", "--dataroot", tmp_path, "--json", tmp_path / "result.json"]
+    flags += ["--inception", "tf2015", "--dims", "64", "--weights", weights, "--device", "cpu"]
+    memorisation.main([*map(str, flags)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["test"]["to_valid"] == 0 == result["test"]["share_nearer_to_train"]
+    assert result["generated"]["n"] == result["n_valid"]
