@@ -7,8 +7,9 @@ The benchmark makes a zip of --count photos under new names, and a partition in 
 repeat until the zip is full. It then runs preprocess.py, train.py, generator.py and evaluate.py as a user does.
 
 Start-up is the time that a script needs to import its modules. Idle is the share of all CPU cores that the stage leaves
-unused. The alternatives are a PIL loop on all cores, the PyTorch DCGAN tutorial's loop and pytorch-fid (if installed).
-They process a part, and the table scales their time to the same number of images.
+unused. Memory is the peak of the largest process. The alternatives are a PIL loop on all cores, the PyTorch DCGAN
+tutorial's loop and pytorch-fid (if installed). They process a part, and the table scales their time to the same number
+of images.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -63,20 +63,32 @@ def make_source(args: argparse.Namespace, folder: Path) -> dict[str, int]:
     return counts
 
 
+# Runs a command and prints what it used. A process counts the memory of the one that it was forked from: this one is
+# small, and the benchmark is not.
+MEASURE = """
+import json, resource, subprocess, sys
+with open("output.txt", "a") as output:
+    code = subprocess.call(sys.argv[1:], stdout=output, stderr=subprocess.STDOUT)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+
+
 def run_command(command: list, folder: Path) -> dict[str, float]:
-    """Run one of the scripts in `folder`. Returns wall-clock seconds and the share of all cores that was idle."""
+    """Run one of the scripts in `folder`. Returns wall-clock seconds, the share of all cores that was idle, and GiB.
+
+    The memory is that of the largest process, the script or one of its workers, at its peak.
+    """
     command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
-    start = time.perf_counter()
-    with (folder / "output.txt").open("a") as output:
-        child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
+    measure = [sys.executable, "-c", MEASURE, *command]
+    done, seconds = timed(subprocess.run, measure, cwd=folder, stdout=subprocess.PIPE, check=True)
+    code, cpu_seconds, largest = json.loads(done.stdout)
+    if code:
         last = (folder / "output.txt").read_text().strip().splitlines()[-1]
         raise UserError(f"`{shlex.join(command)}` failed: {last}")
-    idle = 1 - (usage.ru_utime + usage.ru_stime) / seconds / count_cores()
-    return {"seconds": seconds, "idle": max(0.0, idle)}
+    idle = 1 - cpu_seconds / seconds / count_cores()
+    kibibytes = largest / 1024 if sys.platform == "darwin" else largest
+    return {"seconds": seconds, "idle": max(0.0, idle), "peak_gib": kibibytes / 2**20}
 
 
 def import_seconds(script: str) -> float:
@@ -141,15 +153,16 @@ def measure_alternatives(args: argparse.Namespace, folder: Path, counts: dict[st
 
 def format_table(rows: list[dict], speeds: dict[str, float]) -> str:
     """Markdown: a row a stage, and the sum."""
-    lines = ["| stage | images | seconds | images/s | start-up | idle cores | instead (scaled) | times |"]
-    lines.append("|---" * 8 + "|")
+    lines = ["| stage | images | seconds | images/s | start-up | idle cores | memory | instead (scaled) | times |"]
+    lines.append("|---" * 9 + "|")
     for row in rows:
         instead = row["images"] / speeds[row["stage"]] if row["stage"] in speeds else None
         cells = [row["stage"], f"{row['images']:,}", f"{row['seconds']:.1f}", f"{row['images'] / row['seconds']:,.0f}"]
         cells += [f"{row['start_sec'] / row['seconds']:.0%}", f"{row['idle']:.0%}"]
+        cells.append(f"{row['peak_gib']:.2f} GiB")
         cells += [f"{instead:,.1f} s", f"{instead / row['seconds']:.2f}"] if instead else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
-    lines.append(f"| together | | {sum(row['seconds'] for row in rows):.1f} | | | | | |")
+    lines.append(f"| together | | {sum(row['seconds'] for row in rows):.1f} | | | | | | |")
     return "\n".join(lines)
 
 
