@@ -15,7 +15,7 @@ from helpers import ROOT, random_inception
 from support.demo_faces import draw_face
 
 PAGES = [ROOT / "README.md", ROOT / "pretrained" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PROGRAMS = {"pip", "ruff", "pytest", ".", "git"}
+OTHER_PROGRAMS = {"pip", "ruff", "pytest", ".", "git", "cd"}
 SMALL = {
     "train.py": "--epochs 1 --ngf 4 --ndf 4 --nz 8 --batch-size 8 --device cpu",
     "generator.py": "--device cpu",
@@ -24,10 +24,10 @@ SMALL = {
 
 
 def fenced_commands(text):
-    """The shell commands in the blocks of a page, as lists of words."""
+    """The shell commands in the blocks of a page, as lists of words, without comments."""
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for command in re.split(r"&&", re.sub(r"\s#\s.*", "", line)):
+            for command in re.split(r"&&", re.sub(r"(^|\s)#\s.*", "", line)):
                 if command.strip():
                     yield shlex.split(command)
 
@@ -52,6 +52,14 @@ def test_commands_parse(page, monkeypatch):
             assert all(f'"{name}"' in program for name in names), words
         else:
             importlib.import_module(words[script].removesuffix(".py")).parse_args(words[script + 1 :])
+
+
+def test_the_install_block_leaves_the_kind_of_build_to_pip():
+    """Somebody with a GPU who copies all of it gets the CUDA build."""
+    section = re.search(r"## Install\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    installs = [words for words in fenced_commands(section) if words[0] == "pip"]
+    assert installs == [["pip", "install", "-r", "requirements.txt"]]
+    assert "--index-url" not in (ROOT / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
