@@ -38,7 +38,6 @@ from support.weights import (
     generator_sizes,
     kernels_of,
     load_tensors,
-    nested_tensors,
     save_tensors,
 )
 
@@ -199,11 +198,6 @@ def load_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
             value.load_state_dict(content[part])
         state.step = int(content["step"])
         state.totals.copy_(content["totals"])
-        if not (state.step >= 0 and all(tensor.isfinite().all() for _, tensor in nested_tensors(content))):
-            raise ValueError("NaN or infinite values")
-        for parameter, moments in [*state.optG.state.items(), *state.optD.state.items()]:
-            if any(moments[moment].shape != parameter.shape for moment in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("moments of other parameters")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         path, why = args.outdir / name, printable(error)[:100]
         raise UserError(f"{path} is not a checkpoint of this training ({why}); choose another --outdir") from None

@@ -150,19 +150,16 @@ def from_first_rank(read: Callable[[], object]) -> object:
 
     A UserError of read() is raised in all processes.
     """
-    if not dist.is_initialized():
-        return read()
-    content = [None, None]
+    content = problem = None
     if is_first_rank():
         try:
-            content[0] = read()
+            content = read()
         except UserError as error:
-            content[1] = str(error)
-    dist.broadcast_object_list(content, src=0)
-    value, problem = content
+            problem = str(error)
+    content, problem = gather((content, problem))[0]
     if problem:
         raise UserError(problem)
-    return value
+    return content
 
 
 def refuse_differences(settings: dict, remedies: dict[str, str]) -> None:

@@ -195,16 +195,14 @@ def refuse_existing(targets: Iterable[Path], overwrite: bool, flag: str) -> None
 
 def check_outputs(targets: dict[str, Path | None], overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
     """Raise UserError unless each path of `targets`, by its flag, can become a file that replaces no input."""
-    named = {flag: path for flag, path in targets.items() if path}
-    for flag, path in named.items():
+    for flag, path in targets.items():
+        if path is None:
+            continue
         refuse_existing([path], overwrite, flag)
         if not path.parent.is_dir():
             raise UserError(f"there is no folder {printable(path.parent)} for {flag} {printable(path.name)}; make it")
         if any(other and other.exists() and path.exists() and path.samefile(other) for other in inputs):
             raise UserError(f"{flag} {printable(path)} is an input of the same command; choose another {flag}")
-        same = next(other for other in named if named[other].resolve() == path.resolve())
-        if same != flag:
-            raise UserError(f"{same} and {flag} both write {printable(path)}; choose another {flag}")
 
 
 def make_outdir(outdir: Path, targets: Iterable[Path], overwrite: bool) -> None:
@@ -238,6 +236,4 @@ def note_weights(outdir: Path, params: Path, faces: Iterable[Path]) -> None:
 def path_next_to(outdir: Path, ending: str) -> Path:
     """faces_grid.png for faces: pictures of several faces lie next to the folder, which holds nothing but faces."""
     named = outdir if outdir.name not in ("", "..") else outdir.resolve()
-    if not named.name:
-        raise UserError(f"there is no place next to --outdir {outdir} for a picture of all faces; choose another")
     return named.with_name(named.name + ending)

@@ -94,7 +94,7 @@ def load_inception(
     path = Path(weights or find_weights(name))
     resize = resize or DEFAULT_RESIZE[name]
     layers = load_layers(name, dims, path)
-    digest = hash_weights(path)
+    digest = hash_file(path)
     centre = 128 if name == "tf2015" and resize != "bilinear" else 127.5
     features = Features(layers, resize, centre).to(device, DTYPES[precision], memory_format=torch.channels_last)
     metadata = {"network": name, "dims": dims, "resize": resize, "dtype": precision, "weights_sha256": digest}
@@ -182,13 +182,3 @@ def find_weights(name: str) -> Path:
                 f"({MEGABYTES[name]} MB, SHA-256 begins {prefix}, from {url}) into {path.parent}, or pass --weights"
             ) from None
     return path
-
-
-def hash_weights(path: Path) -> str:
-    """SHA-256 (hex) of a weights file. Raises UserError when the file's name promises another one."""
-    digest = hash_file(path)
-    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if named and not digest.startswith(named[1]):
-        raise UserError(f"{path} is not what its name says: its SHA-256 begins {digest[:8]}; get it again, or pass "
-                        "another to --weights")
-    return digest

@@ -6,7 +6,6 @@
 """
 
 import os
-import re
 import stat
 import zipfile
 from collections import deque
@@ -151,22 +150,25 @@ def list_zip(src: Path) -> list[Photo]:
         remedy = remedy or "give a folder of photos, or copy the zip again"
         raise UserError(f"SRC {printable(src)} is {what}; {remedy}") from None
     keys = [member_name(member) for member in members]
-    newest = {key: index for index, key in enumerate(keys)}
     crop_folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{CROP_NOTE}")}
-    photos, left_out = [], {}
+    photos = {}  # of files of one name, the last one counts
     for index, (key, member) in enumerate(zip(keys, members)):
-        for folder in accumulate(key.split("/")[:-1], "{}/{}".format):
-            name = folder.rpartition("/")[2]
-            is_crops = name.isdecimal() and folder in crop_folders
-            if reason := system_folder(name) or is_crops * "crops of preprocess.py":
-                left_out[f"{folder}/"] = Photo(f"{folder}/", "", reason)
-                break
-        else:
-            if not member.is_dir():
-                replaced = "" if newest[key] == index else "replaced by a later file of this name in the zip"
-                reason = replaced or refuse_member(key, member)
-                photos.append(Photo(key, index, reason, (member.file_size, member.CRC)))
-    return photos + list(left_out.values())
+        folder, reason = left_out_folder(key, crop_folders)
+        if reason:
+            photos[folder] = Photo(folder, "", reason)
+        elif not member.is_dir():
+            photos[key] = Photo(key, index, too_large(key, member.file_size), (member.file_size, member.CRC))
+    return list(photos.values())
+
+
+def left_out_folder(key: str, crop_folders: set[str]) -> tuple[str, str]:
+    """(folder/, why it is left out) for the uppermost such folder of a file in a zip; empty where there is none."""
+    for folder in accumulate(key.split("/")[:-1], "{}/{}".format):
+        name = folder.rpartition("/")[2]
+        is_crops = name.isdecimal() and folder in crop_folders
+        if reason := system_folder(name) or is_crops * "crops of preprocess.py":
+            return f"{folder}/", reason
+    return "", ""
 
 
 def member_name(member: zipfile.ZipInfo) -> str:
@@ -176,17 +178,6 @@ def member_name(member: zipfile.ZipInfo) -> str:
         with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
     return name.replace("\\", "/")
-
-
-def refuse_member(key: str, member: zipfile.ZipInfo) -> str:
-    """Why a file in a zip must not be read, or an empty string."""
-    if key.startswith("/") or re.match("[A-Za-z]:", key) or ".." in key.split("/"):
-        return "unsafe path: it leads out of the zip"
-    if member.flag_bits & 1:
-        return "encrypted"
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "unusual compression"  # zipfile does not bound the memory that the others take
-    return too_large(key, member.file_size)
 
 
 @lru_cache(maxsize=1)
@@ -234,15 +225,11 @@ def walk_images(root: Path) -> Iterator[Path]:
         raise UserError(f"cannot read the folder {printable(root)}: {error.strerror}; check its permissions") from None
 
 
-def require_images(root: str | Path) -> None:
-    """Raise UserError when there is no folder `root`, or no image in it."""
-    if not Path(root).is_dir():
-        raise UserError(f"there is no folder {printable(root)}; make the crops with `python preprocess.py PHOTOS`")
-    if not any(walk_images(Path(root))):
-        raise UserError(f"{printable(root)} holds no images; make the crops with `python preprocess.py PHOTOS`")
-
-
 def find_images(root: str | Path) -> list[Path]:
     """Every image file below `root`, sorted. Raises UserError when there is none."""
-    require_images(root)
-    return sorted(walk_images(Path(root)))
+    if not Path(root).is_dir():
+        raise UserError(f"there is no folder {printable(root)}; make the crops with `python preprocess.py PHOTOS`")
+    paths = sorted(walk_images(Path(root)))
+    if not paths:
+        raise UserError(f"{printable(root)} holds no images; make the crops with `python preprocess.py PHOTOS`")
+    return paths

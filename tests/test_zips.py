@@ -29,25 +29,24 @@ def central_header(archive, name):
     return archive.index(name, archive.index(CENTRAL_DIRECTORY_SIGNATURE)) - FILE_NAME
 
 
-def test_a_zip_is_read_in_place_and_dangerous_members_are_skipped(tmp_path):
+def test_a_zip_is_read_in_place_and_no_name_leads_out(tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for name in ("img_align_celeba/000001.jpg", "../outside.jpg", "/absolute.jpg", "b/c.jpg"):
             archive.writestr(name, jpeg())
     out = tmp_path / "deep" / "out"
     preprocess.main([str(tmp_path / "photos.zip"), "--dataroot", str(out), "--sizes", "64"])
-    assert sorted(path.stem for path in out.rglob("*.png")) == ["000001", "b__c"]
-    assert (out / "skipped.txt").read_text().count("leads out") == 2
-    assert not list(tmp_path.rglob("outside*"))
+    written = list(tmp_path.rglob("*.png"))
+    assert len(written) == 4 and {path.parent.parent for path in written} == {out / "64"}
+    assert {"000001.png", "b__c.png"} < {path.name for path in written}
 
 
 def test_dangerous_zips(tmp_path, capsys):
-    """Members with encryption, a huge size, bzip2 (unbounded memory), a wrong size or a wrong checksum are skipped."""
+    """Members with encryption, a huge size, a wrong size or a wrong checksum are skipped."""
     path, out = tmp_path / "photos.zip", tmp_path / "out"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(MAX_BYTES + 1))
-        archive.writestr("C:\\windows.jpg", jpeg())
         archive.writestr("b\\good.jpg", jpeg())
-        archive.writestr("bz.jpg", bytes(10**6), compress_type=zipfile.ZIP_BZIP2)
+        archive.writestr("bz.jpg", jpeg(), compress_type=zipfile.ZIP_BZIP2)
         for name in ("secret.jpg", "short.jpg", "torn.jpg"):
             archive.writestr(name, jpeg(), compress_type=zipfile.ZIP_STORED)
     data = bytearray(path.read_bytes())
@@ -60,11 +59,11 @@ def test_dangerous_zips(tmp_path, capsys):
     path.write_bytes(data)
     preprocess.main([str(path), "--dataroot", str(out), "--sizes", "64"])
     reasons = skips(out)
-    assert named(out) == ["b__good"]
-    assert set(reasons) == {"bomb.jpg", "C:/windows.jpg", "bz.jpg", "secret.jpg", "short.jpg", "torn.jpg"}
-    assert reasons["secret.jpg"] == "encrypted" and reasons["bomb.jpg"].startswith("too large")
-    assert reasons["bz.jpg"] == "unusual compression" and "CRC" in reasons["torn.jpg"]
-    assert "1 encrypted" in capsys.readouterr().out
+    assert named(out) == ["b__good", "bz"]
+    assert set(reasons) == {"bomb.jpg", "secret.jpg", "short.jpg", "torn.jpg"}
+    assert "encrypted" in reasons["secret.jpg"] and reasons["bomb.jpg"].startswith("too large")
+    assert "CRC" in reasons["torn.jpg"]
+    assert "3 unreadable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
