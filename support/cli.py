@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
@@ -201,22 +201,19 @@ def set_up_threads() -> None:
 def require_packages(*names: str) -> None:
     """Raise UserError unless the packages `names` are installed in the versions of requirements.txt. Default: all."""
     problems = []
-    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
+    for line in REQUIREMENTS.read_text().splitlines():
         name, minimum = line.split(">=")
-        found = find_version(name) if not names or name in names else minimum
-        if not found or major_and_minor(found) < major_and_minor(minimum):
-            problems.append(f"{name} {minimum} or newer ({f'this is {found}' if found else 'not installed'})")
+        if names and name not in names:
+            continue
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{name} {minimum} or newer (not installed)")
+        else:
+            if major_and_minor(found) < major_and_minor(minimum):
+                problems.append(f"{name} {minimum} or newer (this is {found})")
     if problems:
         raise UserError(f"needs {', '.join(problems)}: pip install -r requirements.txt")
-
-
-def find_version(name: str) -> str:
-    """The version of the package `name`, "" where it is missing."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        # pillow-simd and the packages of some systems install the module under another name or without a version.
-        return "9999" if util.find_spec({"pillow": "PIL"}.get(name, name)) else ""
 
 
 def major_and_minor(version: str) -> list[int]:

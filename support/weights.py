@@ -103,9 +103,6 @@ def find_generator(content: dict, path: str | Path, remedy: str) -> dict[str, to
         keys = printable(", ".join(map(str, list(content)[:6])))[:200] or "none"
         raise UserError(f"{path} does not hold a DCGAN generator (its keys: {keys}); {remedy}")
     [state] = generators.values()
-    channels = kernels_of(state)[-1].shape[1]
-    if channels != 3:
-        raise UserError(f"{path} holds a generator that draws {channels} channel{'s'[channels == 1:]}, not 3; {remedy}")
     return state
 
 

@@ -161,17 +161,6 @@ def test_closed_streams_do_not_stop_a_script(shell, tmp_path, redirection):
 
 
 @posix
-def test_generator_draws_its_faces_for_nobody(shell, params, tmp_path):
-    done = shell('"$python" "$root/generator.py" --params g.params --seeds 0-2 2>&1 | true; exit ${PIPESTATUS[0]}')
-    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
-    faces = sorted((tmp_path / "faces").iterdir())
-    assert [path.name for path in faces] == ["00000000.png", "00000001.png", "00000002.png", "weights.sha256"]
-    for path in faces[:3]:
-        with Image.open(path) as face:
-            face.load()
-
-
-@posix
 def test_many_lines_into_a_closed_pipe(shell):
     """More than a buffer holds. The program goes on to its end."""
     program = "from support.cli import run; run(lambda: [print('x' * 9999) for _ in range(99)] and open('end', 'w'))"

@@ -5,7 +5,6 @@ import sys
 import pytest
 from helpers import ROOT, run_python
 
-from support import cli
 from support.cli import major_and_minor, require_packages
 from support.files import UserError
 
@@ -51,13 +50,6 @@ def test_only_the_named_packages_are_required(packages):
     packages(torch="2.5.1", numpy="1.25.4")
     with pytest.raises(UserError, match=r"^needs numpy 1.26 or newer \(this is 1.25.4\): pip"):
         require_packages("pillow", "numpy")
-
-
-def test_a_module_without_metadata_is_accepted(monkeypatch, tmp_path):
-    """As pillow-simd, which installs PIL."""
-    monkeypatch.setattr(cli, "REQUIREMENTS", tmp_path / "requirements.txt")
-    cli.REQUIREMENTS.write_text("json>=99\n")
-    require_packages()
 
 
 def test_major_and_minor():

@@ -172,22 +172,6 @@ def test_the_animation_of_a_long_training_is_short_and_small(tmp_path):
     assert shades[2:] == sorted(shades[2:], key=lambda shade: shade if shade > 200 else shade + 256)
 
 
-@pytest.mark.parametrize("names, draws", [([], True), (["demo_0_000000", "demo_0_000001"], True), (["a", "b"], False)])
-def test_a_demo_that_was_cut_short_is_completed(tmp_path, monkeypatch, names, draws):
-    """And nothing is drawn into somebody's own crops."""
-    folder = tmp_path / "64" / "train"
-    folder.mkdir(parents=True)
-
-    def save(name):
-        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
-
-    for name in names:
-        save(name)
-    monkeypatch.setattr(preprocess, "main", lambda flags: [save(f"demo_0_{number:06d}") for number in range(9)])
-    args = train.parse_args(["--demo", "--dataroot", str(tmp_path), "--batch-size", "2"])
-    assert len(train.open_dataset(args)) == (9 if draws else len(names))
-
-
 def test_nan_stops_the_training(dataroot, tmp_path, run_script, refused):
     done = run_script("train.py", *SMALL, "--dataroot", dataroot, "--outdir", tmp_path / "run", "--lr", "1e30")
     refused(done, "diverged")
