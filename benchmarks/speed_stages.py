@@ -38,7 +38,8 @@ def measure_input(args: argparse.Namespace, photos: Path, dataroot: Path) -> lis
     """Images per second that the loader delivers from memory, and from files with two workers."""
     in_memory = DataGenerater(dataroot / "64" / "train", 64, in_memory=True)
     on_disk = DataGenerater(dataroot / "64" / "train", 64)
-    batches, batch = max(8, 20_000 // args.batch_size), min(args.batch_size, len(in_memory))
+    batch = min(args.batch_size, len(in_memory))
+    batches = max(8, min(20_000, 8 * len(in_memory)) // batch)
 
     def deliver(dataset, workers):
         count = 0

@@ -16,7 +16,9 @@ from PIL import Image
 import evaluate
 import generator
 import network
-from support.cli import user_path
+import preprocess
+import train
+from support.cli import set_up_streams, user_path
 from support.training_log import next_commands
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
@@ -116,7 +118,9 @@ def test_output_in_an_encoding_without_its_characters(tmp_path, environment):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_names_that_are_not_utf8(tmp_path, run_script, weights, params):
+def test_names_that_are_not_utf8(tmp_path, monkeypatch, run_script, weights, params):
+    monkeypatch.chdir(tmp_path)
+    set_up_streams()
     name = os.fsdecode(b"caf\xe9")
     (tmp_path / name / "64" / "train").mkdir(parents=True)
     for i in range(8):
@@ -125,16 +129,18 @@ def test_names_that_are_not_utf8(tmp_path, run_script, weights, params):
     flags = ["--inception", "tf2015", "--weights", weights, "--dims", "64", "--images", images, "--real", images]
     outputs = ["--json", f"{name}.json", "--save-stats", f"{name}.npz", "--dataroot", name]
     small = ["--ngf", "4", "--ndf", "4", "--nz", "8", "--batch-size", "8", "--device", "cpu", "--epochs", "1"]
-    for command in (
-        ["evaluate.py", *flags, *outputs],
-        ["evaluate.py", *flags[:-4], "--images", f"{name}.npz", "--real", f"{name}.npz"],
-        ["generator.py", "--params", params, "--seeds", "0", "--outdir", f"{name}/faces", "--grid"],
-        ["generator.py", "--params", params, "--page", f"{name}.html"],
-        ["train.py", *small, "--dataroot", name, "--outdir", f"{name}/run"],
-        ["preprocess.py", images, "--dataroot", f"{name}/out", "--sizes", "32", "--workers", "0"],
+    for script, command in (
+        (evaluate, [*flags, *outputs]),
+        (evaluate, [*flags[:-4], "--images", f"{name}.npz", "--real", f"{name}.npz"]),
+        (generator, ["--params", params, "--seeds", "0", "--outdir", f"{name}/faces", "--grid"]),
+        (generator, ["--params", params, "--page", f"{name}.html"]),
+        (train, [*small, "--dataroot", name, "--outdir", f"{name}/run"]),
+        (preprocess, [images, "--dataroot", f"{name}/out", "--sizes", "32", "--workers", "0"]),
     ):
-        done = run_script(*command)
-        assert done.returncode == 0, (command, done.stderr)
+        script.main([*map(str, command)])
+    for written in (f"{name}.json", f"{name}/faces_grid.png", f"{name}.html", f"{name}/run/generator.params"):
+        assert (tmp_path / written).is_file()
+    assert len(list((tmp_path / name / "out").rglob("*.png"))) == 8
     done = run_script("generator.py", "--params", f"{name}.none")
     assert done.returncode == 2 and "error: argument --params: caf\\udce9.none does not exist; make" in done.stderr
 
