@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.colour import measure_colour
+from support.colour import NAMES, measure_colour
 from support.devices import explain_out_of_memory, with_float64
 from support.distributed import gather, is_first_rank, my_share
 from support.files import UserError, atomic_write, hash_file, printable
@@ -27,7 +27,10 @@ VERSION = 2  # of the measurement: raised when the same images would give other 
 READING = 4  # of images: raised when a file would give other pixels or statistics, so that the cache is measured again
 # Two sets of statistics are comparable only if these are equal.
 IDENTITY = ("network", "dims", "resize", "dtype", "weights_sha256", "version", "resolution")
-FIELDS = (*IDENTITY, "split", "n", "mu", "sigma", "features", "colour")
+# The kind of NumPy's dtype and the number of dimensions of each array in a file of statistics.
+FIELDS = dict.fromkeys(("network", "resize", "dtype", "weights_sha256", "split"), ("U", 0))
+FIELDS |= dict.fromkeys(("dims", "version", "resolution", "n"), ("i", 0))
+FIELDS |= {"mu": ("f", 1), "sigma": ("f", 2), "features": ("f", 2), "colour": ("f", 1)}
 
 
 def measure_features(net: torch.nn.Module, batches: Iterable[torch.Tensor], total: int, label: str) -> dict:
@@ -122,26 +125,31 @@ def load_statistics(path: Path) -> dict:
     try:
         with np.load(path, allow_pickle=False) as content:
             stats = {name: content[name] for name in content if name in FIELDS}
-        stats = {name: value.item() if value.ndim == 0 else value for name, value in stats.items()}
         stats |= {name: stats[name].astype(np.float64) for name in ("mu", "sigma")}
         check_statistics(stats)
     except Exception as error:  # zipfile, zlib and numpy raise some ten kinds, depending on the byte that is damaged
         why = "Python objects" if "allow_pickle" in str(error) else " ".join(str(error).split())
         raise UserError(f"{path} holds no statistics mu and sigma ({why}); give another file") from None
+    stats = {name: value.item() if value.ndim == 0 else value for name, value in stats.items()}
     if "features" in stats:
         stats["features"] = torch.from_numpy(stats["features"])
     return {"dims": len(stats["mu"])} | stats
 
 
-def check_statistics(stats: dict) -> None:
-    """Raise ValueError when shapes do not fit each other or numbers are not finite."""
-    mu, sigma = stats["mu"], stats["sigma"]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError("mu and sigma do not fit each other")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError("NaN or infinite values")
-    if "features" in stats and stats["features"].shape != (stats["n"], len(mu)):
-        raise ValueError("n, mu and the features do not fit each other")
+def check_statistics(stats: dict[str, np.ndarray]) -> None:
+    """Raise ValueError when an array is of another type, does not fit the others, or is not finite."""
+    for name, value in stats.items():
+        if (value.dtype.kind, value.ndim) != FIELDS[name]:
+            raise ValueError(f"{name} is {value.dtype} with {value.ndim} dimensions")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+    dims = len(stats["mu"])
+    shapes = {"sigma": (dims, dims), "features": (int(stats.get("n", 0)), dims), "colour": (len(NAMES),)}
+    for name, shape in shapes.items():
+        if name in stats and stats[name].shape != shape:
+            raise ValueError(f"{name} has shape {stats[name].shape}, not {shape}")
+    if stats.get("dims", dims) != dims:
+        raise ValueError("dims does not fit mu")
 
 
 # ---------------------------------------------------------------------------------------------- the cache
