@@ -201,7 +201,7 @@ def set_up_threads() -> None:
 def require_packages(*names: str) -> None:
     """Raise UserError unless the packages `names` are installed in the versions of requirements.txt. Default: all."""
     problems = []
-    for line in REQUIREMENTS.read_text().splitlines():
+    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else ():
         name, minimum = line.split(">=")
         if names and name not in names:
             continue
