@@ -126,7 +126,7 @@ LOG_EVERY = 20  # steps; only then does the CPU wait for the GPU
 
 
 class StepInputs(NamedTuple):
-    """What a training step takes apart from the networks. A CUDA graph keeps these tensors and replaces their values."""
+    """The inputs of a training step. A CUDA graph keeps these tensors and replaces their values."""
 
     batch: Tensor  # indices int64 (N,) into the training images on the device, or images uint8 (N,3,S,S)
     z: Tensor  # latents (N,nz,1,1) from N(0,1)
