@@ -28,9 +28,3 @@ def test_photos_to_fid(tmp_path, run_script):
             assert face.size == (size, size)
     measured = ("--inception", "tf2015", "--weights", "inception.pth", "--dims", "64", "--num", "10")
     assert step("evaluate.py", *measured).splitlines()[-1].startswith("Fréchet Inception Distance (FID): ")
-
-
-def test_help_of_every_script(run_script):
-    for script in ("preprocess.py", "train.py", "generator.py", "evaluate.py"):
-        done = run_script(script, "--help")
-        assert done.returncode == 0 and f"python {script}" in done.stdout
