@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_equal, assert_same_training, run_training, small_args
+from helpers import assert_equal, small_args
 from torch import nn
 
 import train
@@ -163,11 +163,3 @@ def test_bf16_tracks_fp32(dataroot):
         assert next(state.netG.parameters()).dtype == torch.float32
     difference = (torch.stack(means[True]) - torch.stack(means[False])).abs().amax(0)
     assert (difference < torch.tensor([0.3, 0.3, 0.05, 0.05])).all(), difference  # NaN fails too
-
-
-def test_images_in_memory_and_from_files_give_the_same_training(dataroot, tmp_path, monkeypatch):
-    """Indices into images on the device, and batches of images."""
-    run_training(dataroot, tmp_path / "indices", "--epochs", 1)
-    monkeypatch.setattr(train, "place_on_device", lambda images, device: None)
-    run_training(dataroot, tmp_path / "batches", "--epochs", 1)
-    assert_same_training(tmp_path / "indices", tmp_path / "batches")
