@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.files import UserError, atomic_write, cannot_write, printable
-from support.sources import CROP_NOTE, SPLITS, Photo
+from support.sources import CROP_NOTE, SPLITS, Photo, is_image_name
 from support.splits import crop_name, hashed_name
 
 TABLE = "photos.jsonl"
@@ -31,7 +31,7 @@ def list_crops(folder: Path) -> dict[str, str]:
         except OSError as error:
             raise cannot_write(folder / split, error) from error
         for name in names:
-            if name.endswith(".png"):
+            if name.endswith(".png") and is_image_name(name):
                 crops[name.removesuffix(".png")] = split
             with suppress(OSError):  # after a minute, no other run is still writing the file
                 if name.endswith(".tmp") and time.time() - (folder / split / name).stat().st_mtime > 60:

@@ -5,6 +5,7 @@
 """
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -42,6 +43,8 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if re.match(rb".{4}ftyp(hei|hev|mif1|msf1|avi)", data, re.DOTALL):  # ISO/IEC 14496-12, section 4.3
+            raise ValueError("HEIC or AVIF; export it as JPEG") from None
         raise UnknownFormat(f"not an image: none of {', '.join(FORMATS)}" if data else "an empty file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")

@@ -209,8 +209,11 @@ def read_bytes(src: Path, photo: Photo) -> bytes:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name should be an image."""
-    return name.lower().endswith((*SUFFIXES, *RARE_SUFFIXES))
+    """Whether a file of this name should be an image.
+
+    "._a.jpg" is none: macOS keeps the attributes of a.jpg in it on disks that have no place for them, such as exFAT.
+    """
+    return name.lower().endswith((*SUFFIXES, *RARE_SUFFIXES)) and not Path(name).name.startswith("._")
 
 
 def walk_images(root: Path) -> Iterator[Path]:

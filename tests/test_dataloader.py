@@ -131,7 +131,7 @@ def test_all_unreadable_images_are_named_in_one_message(dataroot, tmp_path, bad)
     shutil.copytree(dataroot / "64", tmp_path / "64")
     root = tmp_path / "64" / "train"
     for number in range(bad):
-        (root / f"._{number}.png").write_bytes(b"\0\5\x16\7" * (number % 2))
+        (root / f"a_{number}.png").write_bytes(b"text" * (number % 2))
     last = find_images(root)[-1]
     last.write_bytes(last.read_bytes()[:-500])
     for use in (lambda: DataGenerater(root, 64), lambda: DataGenerater(root, None)):
@@ -139,7 +139,7 @@ def test_all_unreadable_images_are_named_in_one_message(dataroot, tmp_path, bad)
             use()
         message = str(error.value)
         assert f"{bad + 1} of {len(find_images(root))} images in {root}" in message
-        assert "._0.png cannot be read (an empty file)" in message
+        assert "a_0.png cannot be read (an empty file)" in message
         assert (last.name in message) == (bad < 3) and message.endswith("; remove them and run preprocess.py again")
 
 

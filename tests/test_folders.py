@@ -49,6 +49,24 @@ def test_hidden_and_system_folders_hold_no_crops(tmp_path):
     assert find_images(root) == [root / "a.png", root / "b" / "a.png"]
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_of_attributes_that_macos_keeps_on_other_disks_are_no_images(tmp_path, zipped):
+    """Neither among photos nor among crops, where each crop may have one."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    write(src / "a.jpg")
+    (src / "._a.jpg").write_bytes(b"\0\5\x16\7" + bytes(99))
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for path in src.iterdir():
+                archive.write(path, path.name)
+        src = tmp_path / "photos.zip"
+    for _ in range(2):  # the second run finds a crop and its file of attributes
+        preprocess_here(str(src), "--dataroot", str(out))
+        assert skips(out).keys() == {"._a.jpg"} and skips(out)["._a.jpg"].startswith("not an image")
+        next(out.rglob("a.png")).with_name("._a.png").write_bytes(b"\0\5\x16\7")
+        assert [path.name for path in find_images(out / "64")] == ["a.png"]
+
+
 def test_folders_named_by_numbers_hold_photos(tmp_path, monkeypatch):
     """FFHQ's layout, in the folder of the crops."""
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,18 @@ def test_the_content_decides_the_format_and_not_the_suffix(tmp_path, convert):
     assert named(convert()) == ["a", "b.heic", "c.txt", "no_suffix"]
 
 
+@pytest.mark.parametrize("name, brand", [("a.HEIC", b"heic"), ("a.jpg", b"mif1"), ("a.avif", b"avif")])
+def test_photos_of_an_iphone_count_as_unreadable_photos(tmp_path, convert, capsys, name, brand):
+    """They are no notes or films that lie next to photos, and half of a Mac user's photos may be such files."""
+    (tmp_path / "src" / "good.jpg").write_bytes(jpeg())
+    (tmp_path / "src" / name).write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(99))
+    (tmp_path / "src" / "a.MOV").write_bytes(b"\0\0\0\x14ftypqt  " + bytes(99))
+    out = convert()
+    assert skips(out)[name] == "unreadable: HEIC or AVIF; export it as JPEG"
+    assert skips(out)["a.MOV"].startswith("not an image")
+    assert "warning: 50% of the photos cannot be read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size, reason", [
     ((1, 1), "smaller than 64"), ((1, 20000), "smaller than 64"), ((20000, 20000), "pixels"), ((7072, 7072), "pixels"),
 ])
