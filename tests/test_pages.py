@@ -79,28 +79,28 @@ def test_links_and_tables(page):
                 assert len(re.sub(r"\]\([^)]*\)", "]", cell).strip()) <= 60, cell
 
 
-def test_numbers_of_the_results_were_measured():
-    """Each number in README's results tables is in a file of docs/results, rounded, or 1,000 times as large (KID)."""
-    measured = []
+def numbers_in(value):
+    """Every number in nested dictionaries, and a thousand times it (KID)."""
+    if isinstance(value, dict):
+        return [number for entry in value.values() for number in numbers_in(entry)]
+    return [value, 1000 * value] if isinstance(value, (int, float)) else []
 
-    def collect(value):
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            for entry in value:
-                collect(entry)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            measured.extend([value, 1000 * value])
 
-    for path in (ROOT / "docs" / "results").glob("*.json"):
-        collect(json.loads(path.read_text()))
+def test_each_row_of_the_results_was_measured_and_a_table_is_of_one_commit():
+    """The numbers of a row of README's quality tables are those of one file in docs/results, rounded."""
+    files = [json.loads(path.read_text()) for path in (ROOT / "docs" / "results").glob("*.json")]
+
+    def holds(file, row):
+        numbers = numbers_in(file)
+        return all(any(f"{number:.{len(cell.partition('.')[2])}f}" == cell for number in numbers) for cell in row)
+
     section = re.search(r"## Results\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    cells = [cell.strip().replace(",", "") for line in section.splitlines() for cell in line.split("|")[2:-1]]
-    numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+", cell)]
-    assert len(numbers) > 30
-    for number in numbers:
-        decimals = len(number.partition(".")[2])
-        assert any(f"{value:.{decimals}f}" == number for value in measured), number
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert tables
+    for table in tables:
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
+        commits = [{file.get("git_commit") for file in files if holds(file, row)} for row in rows]
+        assert set.intersection(*commits) - {None}, table
 
 
 def test_help_texts_are_up_to_date():
