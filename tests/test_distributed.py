@@ -14,10 +14,8 @@ from helpers import (
     errors,
     kill_one_of_two,
     load,
-    run_python,
     run_training,
     start_ranks,
-    torchrun,
 )
 from PIL import Image
 
@@ -46,9 +44,10 @@ def test_two_processes_stay_equal_and_share_each_batch(dataroot, tmp_path):
     No thread of gloo may still run after the training, because it could abort the process at exit.
     """
     flags = [*SMALL, "--dataroot", str(dataroot), "--outdir", str(tmp_path / "run")]
-    done = run_python(*torchrun(2), PROGRAMS / "spy_on_steps.py", *flags, "--epochs", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "gloo" not in done.stdout
+    flags_of_rank = [*flags, "--epochs", 1]
+    for code, stdout, stderr in run_ranks(PROGRAMS / "spy_on_steps.py", flags_of_rank, flags_of_rank, cwd=tmp_path):
+        assert code == 0, stderr
+        assert "gloo" not in stdout
     ranks = [load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     images = DataGenerater(dataroot / "64" / "train", in_memory=True).images
     seen = torch.cat([rank.pop("seen") for rank in ranks])
