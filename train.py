@@ -32,6 +32,7 @@ RECIPES = {"report": {}, "best": BEST}
 DEMO = {"dataroot": Path("data/demo"), "outdir": Path("runs/demo")}
 DEMO |= {"ngf": 32, "ndf": 32, "batch_size": 16, "group_norm": True, "augment": True, "ema": 0.998}
 DEMO_EPOCHS = {"cuda": 100}  # on all other devices 20
+INIT_IMAGES = 60_000  # training images that --init sees: ten minutes on two CPU cores with bf16 support
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ndf", type=int_at_least(1), help="channels of D after its first layer (default: 64; 32 at 256x256)")
     add("--group-norm", action=argparse.BooleanOptionalAction, default=False, help="use GroupNorm in D, not BatchNorm")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int_at_least(1), help="number of epochs in total (default: 5; more for --demo)")
+    add("--epochs", type=int_at_least(1), help="number of epochs in total (default: 5; more for --demo and --init)")
     add("--batch-size", type=int_at_least(2), default=128, help="real images in a step, over all processes")
     add("--lr", type=float_below(), default=2e-4, help="learning rate of Adam, for G and D")
     add("--beta1", type=float_below(1), default=0.5, help="beta1 of Adam, for G and D")
@@ -141,7 +142,7 @@ def step_inputs(args: argparse.Namespace, step: int, batch: Tensor) -> StepInput
     """The inputs of training step `step`, on the CPU. Each process of torchrun takes its share of them."""
     rank, world_size = distributed.rank_and_world_size()
     z = step_latents(args.seed, step, args.batch_size, args.nz)[rank::world_size].contiguous()
-    weight = torch.tensor(ema_weight(step + 1, args.ema, warm_up=args.init is None))
+    weight = torch.tensor(ema_weight(step + 1, args.ema, trained=args.init is not None))
     augmentations = None
     if args.augment:
         augmentations = draw_augmentations(args.seed, step, args.batch_size, args.image_size)
@@ -305,6 +306,13 @@ def open_dataset(args: argparse.Namespace) -> DataGenerater:
     return dataset
 
 
+def default_epochs(args: argparse.Namespace, device: torch.device, images: int) -> int:
+    """--epochs where it is not given. With --init, few photos need many epochs."""
+    if args.demo:
+        return DEMO_EPOCHS.get(device.type, 20)
+    return max(5, round(INIT_IMAGES / images)) if args.init else 5
+
+
 def run_epochs(state: TrainState, args: argparse.Namespace, dataset: DataGenerater, log: TrainingLog) -> int:
     """All steps from state.step on. Returns the signal that stopped them, or 0."""
     device = state.totals.device
@@ -332,13 +340,13 @@ def run_epochs(state: TrainState, args: argparse.Namespace, dataset: DataGenerat
 def train(args: argparse.Namespace, device: torch.device) -> int:
     """Everything from the data on disk to the pictures of the finished training. Returns the signal that stopped it."""
     settle_args(args)
-    args.epochs = args.epochs or (DEMO_EPOCHS.get(device.type, 20) if args.demo else 5)
     if args.workers is None:
         args.workers = count_cores() if device.type == "cuda" else 2
     if args.compile:
         refuse_missing_compiler(device)
     args.precision = pick_precision(args.precision, device)
     dataset = open_dataset(args)
+    args.epochs = args.epochs or default_epochs(args, device, len(dataset))
     first_rank = distributed.is_first_rank()
     lock = open_outdir(args.outdir, args.resume) if first_rank else None
     if all(distributed.gather(fits_in_memory(len(dataset), args.image_size))):

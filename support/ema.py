@@ -11,12 +11,14 @@ from torch.optim.swa_utils import update_bn
 from support.seeding import step_latents
 
 
-def ema_weight(step: int, decay: float, warm_up: bool = True) -> float:
-    """1 - the decay after `step` steps.
+def ema_weight(step: int, decay: float, trained: bool = False) -> float:
+    """1 - the decay after `step` steps. The decay grows to `decay`: the EMA weights average the last tenth of all steps.
 
-    With `warm_up` the decay grows from 0 to `decay`, so that the EMA weights soon forget random initial weights.
+    So they soon forget the initial weights. Where these are `trained`, the decay begins at 0.99, as after 1,000 steps.
     """
-    return 1 - (min(decay, step / (step + 10)) if warm_up else decay)
+    if trained:
+        step += 1000
+    return 1 - min(decay, step / (step + 10))
 
 
 @torch.no_grad()
