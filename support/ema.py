@@ -12,7 +12,7 @@ from support.seeding import step_latents
 
 
 def ema_weight(step: int, decay: float, trained: bool = False) -> float:
-    """1 - the decay after `step` steps. The decay grows to `decay`: the EMA weights average the last tenth of all steps.
+    """1 - the decay after `step` steps. It grows to `decay`: the EMA weights average the last tenth of all steps.
 
     So they soon forget the initial weights. Where these are `trained`, the decay begins at 0.99, as after 1,000 steps.
     """
